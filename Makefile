@@ -1,0 +1,28 @@
+# Two commands for a newcomer; each sets up what it needs in .venv.
+#   make demo   makes a first clip in out/
+#   make test   runs the whole test suite
+
+PYTHON ?= python3
+PIP = .venv/bin/pip install --disable-pip-version-check -q -c constraints.txt
+
+.PHONY: demo test
+
+demo: .venv/demo.stamp
+	.venv/bin/dynamictrl demo --out out/demo.mp4
+
+test: .venv/test.stamp
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/mypy -p dynamictrl_edge
+	.venv/bin/python -m pytest --cov --cov-report=term:skip-covered -q
+
+.venv/bin/python:
+	$(PYTHON) -m venv .venv
+
+.venv/demo.stamp: .venv/bin/python pyproject.toml constraints.txt
+	$(PIP) -e ".[export]"
+	touch $@
+
+.venv/test.stamp: .venv/bin/python pyproject.toml constraints.txt
+	$(PIP) -e ".[export,dev]"
+	touch $@

@@ -1,0 +1,120 @@
+"""`bundle.json`: what a bundle is made of, validated on read and complete enough to refuse what does not fit."""
+
+from __future__ import annotations
+
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import msgspec
+
+from .config import SizeDefaults, TextConfig, TransformerConfig, VaeConfig
+from .errors import BundleError
+from .precision import PRECISIONS
+
+__all__ = ["FORMAT_VERSION", "FileEntry", "GraphSpec", "Manifest", "Port", "inside", "read_manifest", "write_manifest"]
+
+FORMAT_NAME = "dynamictrl-edge-bundle"
+FORMAT_VERSION = 1
+MANIFEST_NAME = "bundle.json"
+
+
+class Port(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """An input or output of a graph: `dtype` is the ONNX element type's name in lower case (float, float16, bfloat16,
+    int64, ...); `shape` holds numbers and the names of dynamic axes."""
+
+    name: str
+    dtype: str
+    shape: tuple[int | str, ...]
+
+
+class GraphSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """One ONNX graph. `weights` names the file under `weights/` that its external initializers lie in, if any."""
+
+    file: str
+    inputs: tuple[Port, ...]
+    outputs: tuple[Port, ...]
+    weights: str | None = None
+
+
+class FileEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """SHA-256 (hex) and size in bytes of one file of the bundle."""
+
+    sha256: str
+    bytes: int
+
+
+class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Everything that the runtime knows about a bundle before it opens another file of it."""
+
+    format: str
+    version: int
+    precision: str
+    transformer: TransformerConfig
+    vae: VaeConfig
+    scheduler: dict[str, Any]
+    defaults: SizeDefaults
+    graphs: dict[str, GraphSpec]
+    files: dict[str, FileEntry]
+    provenance: dict[str, str]
+    text: TextConfig | None = None
+
+    @property
+    def total_bytes(self) -> int:
+        return sum(entry.bytes for entry in self.files.values())
+
+
+def inside(root: Path, name: str) -> Path:
+    """The path of bundle file `name`; `BundleError` if it would leave the folder `root` (absolute, `..`, or a link)."""
+    pure = PurePosixPath(name)
+    if pure.is_absolute() or ".." in pure.parts or "\\" in name or not pure.parts:
+        raise BundleError(f"The bundle {str(root)!r} names the file {name!r}, which lies outside its folder. Refused.")
+    path = root / pure
+    try:
+        path.resolve().relative_to(root.resolve())
+    except ValueError:
+        raise BundleError(f"In the bundle {str(root)!r}, {name!r} is a link that leaves the folder. Refused.") from None
+    return path
+
+
+def read_manifest(root: Path) -> Manifest:
+    """Reads and validates `root/bundle.json`; every refusal is a `BundleError` that names the file and the field."""
+    path = root / MANIFEST_NAME
+    if not root.is_dir():
+        raise BundleError(
+            f"There is no bundle at {str(root)!r}. A bundle is the folder that 'dynamictrl export CHECKPOINT BUNDLE' writes."
+        )
+    try:
+        raw = path.read_bytes()
+    except FileNotFoundError:
+        hint = ""
+        if (root / "model_index.json").exists():
+            hint = f" It looks like a checkpoint; export it first: dynamictrl export {root} BUNDLE"
+        raise BundleError(f"{str(root)!r} is not a bundle: it has no {MANIFEST_NAME}.{hint}") from None
+    except OSError as error:
+        raise BundleError(f"Cannot read {str(path)!r}: {error.strerror}.") from error
+    try:
+        head = msgspec.json.decode(raw)
+        if not isinstance(head, dict) or head.get("format") != FORMAT_NAME:
+            raise BundleError(f"{str(path)!r} is not the manifest of a DynamiCtrl Edge bundle.")
+        if head.get("version") != FORMAT_VERSION:
+            raise BundleError(
+                f"{str(path)!r} has format version {head.get('version')!r}; this program reads version {FORMAT_VERSION}. "
+                "Export the checkpoint again with this program, or install the version that wrote the bundle."
+            )
+        manifest = msgspec.json.decode(raw, type=Manifest)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise BundleError(f"{str(path)!r} is damaged: {error}.") from error
+    if manifest.precision not in PRECISIONS:
+        raise BundleError(f"{str(path)!r}: precision {manifest.precision!r} is not one of {', '.join(PRECISIONS)}.")
+    for name in manifest.files:
+        inside(root, name)
+    for label, graph in manifest.graphs.items():
+        for name in filter(None, (graph.file, graph.weights)):
+            if name not in manifest.files:
+                raise BundleError(f"{str(path)!r}: graph {label!r} uses {name!r}, which is not in the list of files.")
+    return manifest
+
+
+def write_manifest(root: Path, manifest: Manifest) -> None:
+    """Writes `root/bundle.json`, indented, so that people and diffs can read it."""
+    (root / MANIFEST_NAME).write_bytes(msgspec.json.format(msgspec.json.encode(manifest), indent=1) + b"\n")

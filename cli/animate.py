@@ -1,0 +1,221 @@
+"""`dynamictrl animate`"""
+
+from __future__ import annotations
+
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ..bundle.errors import UsageError
+from .console import Progress, json_option, note, print_json, verbose_option, working
+
+STAGES = {
+    "text": "Reading the prompt",
+    "encode": "Encoding photo and pose",
+    "denoise": "Denoising",
+    "decode": "Decoding",
+}
+
+
+class SeedList(click.ParamType):
+    """One seed or several: 42 or 1,2,3"""
+
+    name = "seeds"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
+        if isinstance(value, tuple):
+            return value
+        try:
+            seeds = tuple(int(part) for part in str(value).split(","))
+        except ValueError:
+            self.fail(f"{value!r} is not a whole number or a list like 1,2,3", param, ctx)
+        if len(set(seeds)) != len(seeds):
+            self.fail(f"{value!r} names a seed twice", param, ctx)
+        return seeds
+
+
+@click.command("animate", short_help="Animate a photo with a pose clip and a prompt.")
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("--image", required=True, type=click.Path(path_type=Path), help="Photo of the person (JPEG, PNG, WebP).")
+@click.option(
+    "--pose", required=True, type=click.Path(path_type=Path), help="Pose clip: a video, or a folder of frames."
+)
+@click.option("--prompt", required=True, help="What the clip shows: the person, the clothes, the background.")
+@click.option("--out", required=True, help="clip.mp4, clip.webm, or a folder for PNG frames.")
+@click.option("--negative-prompt", default="", help="What the clip should not show.")
+@click.option("--steps", default=25, show_default=True, help="Denoising steps.")
+@click.option(
+    "--guidance", default=3.0, show_default=True, help="Guidance scale; 1 turns guidance off (twice as fast)."
+)
+@click.option("--seed", "seeds", type=SeedList(), default="42", show_default=True, help="One seed, or several: 1,2,3.")
+@click.option("--height", type=int, help="Pixels, a multiple of 16. [default: the bundle's]")
+@click.option("--width", type=int, help="Pixels, a multiple of 16. [default: the bundle's]")
+@click.option("--frames", type=int, help="Frames to make, 4 n + 1. [default: the bundle's]")
+@click.option("--fps", type=float, help="Frames per second; the pose clip is resampled to it. [default: the bundle's]")
+@click.option(
+    "--fit",
+    type=click.Choice(["cover", "contain", "stretch"]),
+    default="cover",
+    show_default=True,
+    help="How pictures are brought to the size.",
+)
+@click.option("--skip-frames", default=0, help="Leave out this many pose frames at the start.")
+@click.option("--drop-prefix", default=0, help="Leave out this many frames of the result at its start.")
+@click.option("--re-init-noise", is_flag=True, help="Take the noise's low frequencies from the photo.")
+@click.option(
+    "--tiling",
+    type=click.Choice(["auto", "on", "off"]),
+    default="auto",
+    show_default=True,
+    help="VAE in tiles of the published size.",
+)
+@click.option("--reuse", default="off", show_default=True, help="Reuse between steps. Only 'off' in this version.")
+@click.option("--memory", type=float, help="Budget in GB. [default: no limit]")
+@click.option("--backend", type=click.Choice(["auto", "onnxruntime", "tensorrt"]), default="auto", show_default=True)
+@click.option("--threads", type=int, help="Processor cores to use. [default: all]")
+@click.option("--no-cache", is_flag=True, help="Do not keep prompt embeddings on disk.")
+@click.option("--save-latents", type=click.Path(path_type=Path), help="Also write the final latents as a .npy file.")
+@json_option
+@verbose_option
+def command(
+    bundle: Path,
+    image: Path,
+    pose: Path,
+    prompt: str,
+    out: str,
+    negative_prompt: str,
+    steps: int,
+    guidance: float,
+    seeds: tuple[int, ...],
+    height: int | None,
+    width: int | None,
+    frames: int | None,
+    fps: float | None,
+    fit: str,
+    skip_frames: int,
+    drop_prefix: int,
+    re_init_noise: bool,
+    tiling: str,
+    reuse: str,
+    memory: float | None,
+    backend: str,
+    threads: int | None,
+    no_cache: bool,
+    save_latents: Path | None,
+    as_json: bool,
+) -> None:
+    """Animate the person in a photo: follow the pose clip, show what the prompt says.
+
+    With several seeds, one clip is written per seed: clip-seed1.mp4, clip-seed2.mp4, ...
+    """
+    from ..bundle.atomic import check_output_place
+    from ..runtime import Animator
+    from ..runtime.media import check_writer_target
+
+    if reuse != "off":
+        raise UsageError(f"--reuse {reuse!r} is not known; this version has: off.")
+    if threads is not None and threads < 1:
+        raise UsageError(f"--threads {threads} is not possible: give 1 or more.")
+    targets = [(seed, _for_seed(out, seed, seeds), _for_seed(save_latents, seed, seeds)) for seed in seeds]
+    for _, video, latents in targets:
+        check_writer_target(video)
+        if latents is not None:
+            check_output_place(latents)
+    animator = Animator.from_bundle(bundle, backend=backend, memory=memory, threads=threads, cache=not no_cache)
+    results = []
+    told: set[str] = set()
+    for seed, video, latents in targets:
+        with working(as_json) as progress:
+            result = make(
+                animator,
+                video,
+                latents,
+                progress,
+                image=image,
+                pose=pose,
+                prompt=prompt,
+                negative_prompt=negative_prompt,
+                num_inference_steps=steps,
+                guidance_scale=guidance,
+                seed=seed,
+                height=height,
+                width=width,
+                num_frames=frames,
+                fps=None if fps is None else Fraction(fps).limit_denominator(1001),
+                fit=fit,
+                skip_frames=skip_frames,
+                drop_prefix=drop_prefix,
+                re_init_noise=re_init_noise,
+                tiling=tiling,
+            )
+        results.append(result)
+        for text in result["notices"]:
+            if text not in told:
+                note(f"Note: {text}")
+                told.add(text)
+        if not as_json:
+            total = sum(result["seconds"].values())
+            note(f"Wrote {video}: {result['frames']} frames of {result['width']}x{result['height']}, {total:.1f} s.")
+    if as_json:
+        print_json(results[0] if len(results) == 1 else results)
+
+
+def make(animator: Any, video: str, latents: Path | None, progress: Progress, **arguments: Any) -> dict[str, Any]:
+    """Makes one clip and writes it; returns what `--json` prints."""
+    import numpy as np
+
+    from ..bundle.atomic import atomic_file
+    from ..runtime.media import open_writer
+
+    bars = _Bars(progress)
+    run, chunks = animator.start(progress=bars, **arguments)
+    size = run.geometry
+    with open_writer(video, run.fps, size.height, size.width) as writer:
+        for frames in chunks:
+            writer.write(frames)
+        if latents is not None:
+            # Inside the writer's block: either both files appear or none.
+            with atomic_file(latents) as temporary, temporary.open("wb") as file:
+                np.save(file, run.latents, allow_pickle=False)
+    return {
+        "out": str(video),
+        "seed": run.request.seed,
+        "frames": run.frames,
+        "width": size.width,
+        "height": size.height,
+        "fps": float(run.fps),
+        "steps": run.request.num_inference_steps,
+        "guidance": run.request.guidance_scale,
+        "backend": animator.backend.name,
+        "latents": None if latents is None else str(latents),
+        "seconds": {stage: round(value, 3) for stage, value in run.seconds.items()},
+        "planned_peak_gb": round(run.plan.peak / 1e9, 3),
+        "resident_blocks": run.plan.resident_blocks,
+        "tiled": run.plan.tiled,
+        "notices": list(run.notices),
+    }
+
+
+class _Bars:
+    """Turns the animator's (stage, done, total) into progress bars."""
+
+    def __init__(self, progress: Progress):
+        self._progress, self._stage, self._done = progress, "", 0
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        if stage != self._stage:
+            self._progress.stage(STAGES.get(stage, stage), total if total > 1 else None)
+            self._stage, self._done = stage, 0
+        self._progress.advance(done - self._done)
+        self._done = done
+
+
+def _for_seed(path: Any, seed: int, seeds: tuple[int, ...]) -> Any:
+    """`clip.mp4` -> `clip-seed7.mp4` when there are several seeds."""
+    if path is None or len(seeds) == 1:
+        return path
+    p = Path(path)
+    changed = p.with_name(f"{p.stem}-seed{seed}{p.suffix}")
+    return changed if isinstance(path, Path) else str(changed)

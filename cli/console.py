@@ -1,0 +1,79 @@
+"""What a person sees while waiting, and what a program reads: progress on stderr, JSON on stdout."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import click
+
+__all__ = ["Progress", "json_option", "note", "print_json", "verbose_option", "working"]
+
+json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout.")
+verbose_option = click.option(
+    "--verbose", is_flag=True, help="On an error, print the trace as well.", expose_value=False
+)
+
+
+def note(text: str) -> None:
+    """A sentence for the person, on stderr."""
+    click.echo(text, err=True)
+
+
+def print_json(value: Any) -> None:
+    click.echo(json.dumps(value, indent=1, default=str))
+
+
+class Progress:
+    """Named stages with a bar each; silent unless stderr is a terminal."""
+
+    def __init__(self, bars: Any | None):
+        self._bars = bars
+        self._task: Any = None
+
+    def stage(self, name: str, total: float | None = None) -> None:
+        """Starts the next stage; the one before is complete."""
+        if self._bars is None:
+            return
+        self.done()
+        self._task = self._bars.add_task(name, total=total)
+
+    def advance(self, amount: float = 1) -> None:
+        if self._bars is not None and self._task is not None:
+            self._bars.advance(self._task, amount)
+
+    def rename(self, name: str) -> None:
+        if self._bars is not None and self._task is not None:
+            self._bars.update(self._task, description=name)
+
+    def done(self) -> None:
+        if self._bars is not None and self._task is not None:
+            task = self._bars.tasks[self._task]
+            self._bars.update(self._task, total=task.total or 1, completed=task.total or 1)
+            self._task = None
+
+
+@contextmanager
+def working(quiet: bool = False) -> Iterator[Progress]:
+    """A `Progress` for the duration of a block."""
+    if quiet or not sys.stderr.isatty():
+        yield Progress(None)
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bars
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TaskProgressColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Bars(*columns, console=Console(stderr=True)) as bars:
+        progress = Progress(bars)
+        yield progress
+        progress.done()

@@ -1,0 +1,122 @@
+"""`dynamictrl doctor`"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import shutil
+import subprocess
+from dataclasses import asdict, dataclass
+
+import click
+
+from .console import json_option, print_json, verbose_option
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing looked at: `state` is ok, missing or info; `mend` is the command that installs what is missing."""
+
+    name: str
+    state: str
+    found: str
+    needed_for: str
+    mend: str = ""
+
+
+@click.command("doctor", short_help="Say what this machine has and lacks.")
+@json_option
+@verbose_option
+def command(as_json: bool) -> None:
+    """Say what this machine has and lacks, and for each missing thing the command that installs it.
+
+    Exit code 0 when a clip can be animated here, 5 when not.
+    """
+    findings = [*_machine(), *_packages(), *_gpu()]
+    able = all(f.state != "missing" for f in findings if f.needed_for == "animate")
+    if as_json:
+        print_json({"can_animate": able, "findings": [asdict(f) for f in findings]})
+    else:
+        _show(findings, able)
+    if not able:
+        raise click.exceptions.Exit(5)
+
+
+def _machine() -> list[Finding]:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    python_ok = (3, 10) <= tuple(map(int, platform.python_version_tuple()[:2])) < (3, 14)
+    free = shutil.disk_usage(".").free
+    return [
+        Finding(
+            "Python",
+            "ok" if python_ok else "missing",
+            platform.python_version(),
+            "animate",
+            "install Python 3.10 to 3.13",
+        ),
+        Finding("processor", "info", f"{cores} cores, {platform.machine()}", "animate"),
+        Finding("memory", "info", _memory(), "animate"),
+        Finding("disk here", "info", f"{free / 1e9:.1f} GB free", "export"),
+    ]
+
+
+def _memory() -> str:
+    try:
+        return f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 1e9:.1f} GB"
+    except (ValueError, OSError, AttributeError):
+        return "unknown"
+
+
+def _packages() -> list[Finding]:
+    wanted = [
+        ("numpy", "numpy", "animate", "pip install dynamictrl-edge"),
+        ("av", "av", "animate", "pip install dynamictrl-edge"),
+        ("Pillow", "PIL", "animate", "pip install dynamictrl-edge"),
+        ("onnxruntime", "onnxruntime", "animate", "pip install onnxruntime"),
+        ("torch", "torch", "export", 'pip install "dynamictrl-edge[export]"'),
+        ("diffusers", "diffusers", "export", 'pip install "dynamictrl-edge[export]"'),
+        ("transformers", "transformers", "export", 'pip install "dynamictrl-edge[export]"'),
+        ("onnx", "onnx", "export", 'pip install "dynamictrl-edge[export]"'),
+        ("onnxscript", "onnxscript", "export", 'pip install "dynamictrl-edge[export]"'),
+        ("sentencepiece", "sentencepiece", "export", 'pip install "dynamictrl-edge[export]"'),
+    ]
+    findings = []
+    for distribution, module, needed_for, mend in wanted:
+        if importlib.util.find_spec(module) is None:
+            findings.append(Finding(distribution, "missing", "not installed", needed_for, mend))
+            continue
+        try:
+            version = importlib.metadata.version(distribution)
+        except importlib.metadata.PackageNotFoundError:
+            version = "installed, version unknown"
+        findings.append(Finding(distribution, "ok", version, needed_for))
+    return findings
+
+
+def _gpu() -> list[Finding]:
+    tool = shutil.which("nvidia-smi")
+    if tool is None:
+        return [Finding("NVIDIA GPU", "info", "none found (no nvidia-smi); clips are made on the processor", "speed")]
+    query = [tool, "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"]
+    try:
+        answer = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError) as error:
+        return [Finding("NVIDIA GPU", "info", f"nvidia-smi failed: {error}", "speed")]
+    return [Finding("NVIDIA GPU", "ok", line.strip(), "speed") for line in answer.splitlines()]
+
+
+def _show(findings: list[Finding], able: bool) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("", "what", "found", "needed for", "how to get it")
+    marks = {"ok": "[green]ok[/green]", "missing": "[red]missing[/red]", "info": ""}
+    for f in findings:
+        table.add_row(marks[f.state], f.name, f.found, f.needed_for, f.mend if f.state == "missing" else "")
+    console = Console()
+    console.print(table)
+    console.print(
+        "This machine can animate a bundle." if able else "This machine cannot animate yet; see 'missing' above."
+    )

@@ -1,0 +1,122 @@
+"""`dynamictrl inspect`"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from .console import json_option, print_json, verbose_option, working
+
+
+@click.command("inspect", short_help="Show what is in a bundle.")
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("--no-verify", is_flag=True, help="Do not check the files against their SHA-256.")
+@json_option
+@verbose_option
+def command(bundle: Path, no_verify: bool, as_json: bool) -> None:
+    """Show model, graphs, weights and provenance of BUNDLE, after checking every file."""
+    from ..bundle.store import Bundle
+
+    opened = Bundle(bundle)
+    manifest = opened.manifest
+    if not no_verify:
+        with working(as_json) as progress:
+            progress.stage("Checking files", len(manifest.files))
+            opened.verify(lambda name: progress.advance())
+    facts = _facts(manifest)
+    facts["verified"] = not no_verify
+    if as_json:
+        print_json(facts)
+    else:
+        _show(bundle, manifest, facts)
+
+
+def _facts(manifest: Any) -> dict[str, Any]:
+    from ..runtime.scheduler import SchedulerConfig
+
+    config = manifest.transformer
+    groups: dict[str, int] = {}
+    for name, entry in manifest.files.items():
+        group = _group(name)
+        groups[group] = groups.get(group, 0) + entry.bytes
+    scheduler = SchedulerConfig.from_dict(manifest.scheduler)
+    return {
+        "precision": manifest.precision,
+        "family": "CogVideoX 1.5 style" if config.patch_size_t else "CogVideoX 1.0 style",
+        "width": config.width,
+        "blocks": config.num_layers,
+        "heads": config.num_attention_heads,
+        "text_tokens": config.max_text_seq_length,
+        "spatial_compression": manifest.vae.spatial_compression,
+        "temporal_compression": manifest.vae.temporal_compression_ratio,
+        "snr_shift_scale": scheduler.snr_shift_scale,
+        "defaults": {
+            "height": manifest.defaults.height,
+            "width": manifest.defaults.width,
+            "frames": manifest.defaults.frames,
+            "fps": manifest.defaults.fps,
+        },
+        "bytes": groups,
+        "total_bytes": manifest.total_bytes,
+        "graphs": {
+            name: {
+                "file": graph.file,
+                "bytes": manifest.files[graph.file].bytes,
+                "inputs": {port.name: [port.dtype, list(port.shape)] for port in graph.inputs},
+                "outputs": {port.name: [port.dtype, list(port.shape)] for port in graph.outputs},
+                "weights": graph.weights,
+            }
+            for name, graph in manifest.graphs.items()
+        },
+        "provenance": manifest.provenance,
+    }
+
+
+def _group(name: str) -> str:
+    stem = Path(name).stem
+    for prefix, group in (
+        ("block_", "denoiser blocks"),
+        ("modulation_", "modulation"),
+        ("text_block_", "text encoder"),
+        ("text_encoder", "text encoder"),
+        ("vae_", "VAE"),
+        ("denoiser", "denoiser, shared"),
+    ):
+        if name.startswith("weights/") and stem.startswith(prefix):
+            return group
+    return "graphs" if name.startswith("graphs/") else "other"
+
+
+def _show(bundle: Path, manifest: Any, facts: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    defaults = facts["defaults"]
+    console.print(
+        f"[bold]{bundle}[/bold]: {facts['family']}, {facts['precision']}, {facts['blocks']} blocks of width {facts['width']}, "
+        f"{facts['total_bytes'] / 1e6:,.1f} MB{', every file verified' if facts['verified'] else ''}"
+    )
+    console.print(
+        f"Default clip: {defaults['width']}x{defaults['height']}, {defaults['frames']} frames at {defaults['fps']} per second"
+    )
+    table = Table("part", "MB", title="Bytes", title_justify="left")
+    for group, count in sorted(facts["bytes"].items(), key=lambda item: -item[1]):
+        table.add_row(group, f"{count / 1e6:,.2f}")
+    console.print(table)
+    graphs = Table("graph", "KB", "inputs", "outputs", title="Graphs", title_justify="left")
+    for name, graph in manifest.graphs.items():
+        graphs.add_row(
+            name,
+            f"{manifest.files[graph.file].bytes / 1e3:.1f}",
+            _ports(graph.inputs),
+            _ports(graph.outputs),
+        )
+    console.print(graphs)
+
+
+def _ports(ports: Any) -> str:
+    shown = [f"{port.name}[{','.join(map(str, port.shape))}]" for port in ports[:4]]
+    return ", ".join(shown) + (f", … {len(ports) - 4} more" if len(ports) > 4 else "")

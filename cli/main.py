@@ -1,0 +1,118 @@
+"""`dynamictrl`: finds the verb, runs it, and turns every failure into one readable paragraph and an exit code."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import signal
+import sys
+import traceback
+from types import FrameType
+
+import click
+
+from ..bundle.errors import EdgeError
+
+__all__ = ["main"]
+
+# verb -> (module of this package, one-line help); the module has a click command named `command`
+VERBS = {
+    "export": ("export", "Turn a checkpoint into a bundle of ONNX graphs and weights."),
+    "animate": ("animate", "Animate a photo with a pose clip and a prompt."),
+    "inspect": ("inspect", "Show what is in a bundle, and check that it is whole."),
+    "compare": ("compare", "Measure the difference between two clips."),
+    "doctor": ("doctor", "Say what this machine has and lacks."),
+    "demo": ("demo", "Make a first clip from built-in tiny weights and a drawn person."),
+}
+
+
+class LazyGroup(click.Group):
+    """A group that imports a verb's module only when that verb is asked for: --help stays quick without torch."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(VERBS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in VERBS:
+            return None
+        module = importlib.import_module(f"{__package__}.{VERBS[cmd_name][0]}")
+        command: click.Command = module.command
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(verb, text) for verb, (_, text) in VERBS.items()])
+
+
+def _version(ctx: click.Context, _param: click.Parameter, value: bool) -> None:
+    if value and not ctx.resilient_parsing:
+        from importlib.metadata import version
+
+        click.echo(f"dynamictrl-edge {version('dynamictrl-edge')}")
+        ctx.exit()
+
+
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.option("--version", is_flag=True, is_eager=True, expose_value=False, callback=_version, help="Show the version.")
+def cli() -> None:
+    """Animate a person's photo with a pose clip and a prompt, fast, on one NVIDIA GPU or a CPU.
+
+    Exit codes: 0 done; 2 wrong usage; 3 bad input; 4 bundle or engine refused; 5 device or memory; 130 interrupted.
+    """
+
+
+def _interrupt(signum: int, _frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Entry point of the `dynamictrl` command; always exits."""
+    sys.exit(run(sys.argv[1:] if arguments is None else arguments))
+
+
+def run(arguments: list[str]) -> int:
+    """Runs one command line and returns its exit code; errors go to stderr as one paragraph."""
+    verbose = "--verbose" in arguments
+    try:
+        # A service manager's stop must clean up like Ctrl-C does: no half-written outputs.
+        signal.signal(signal.SIGTERM, _interrupt)
+    except ValueError:
+        pass  # not the main thread: the host application owns the signals
+    try:
+        cli.main(args=arguments, prog_name="dynamictrl", standalone_mode=False)
+        sys.stdout.flush()
+        return 0
+    except click.exceptions.Exit as stop:
+        return stop.exit_code
+    except click.UsageError as error:
+        error.show()
+        return 2
+    except (KeyboardInterrupt, click.Abort):
+        _say("Interrupted. No half-written output was left.")
+        return 130
+    except EdgeError as error:
+        if verbose:
+            traceback.print_exc()
+        _say(str(error))
+        return error.exit_code
+    except MemoryError:
+        if verbose:
+            traceback.print_exc()
+        _say("Out of memory. Make a smaller or shorter clip, or give a budget with --memory.")
+        return 5
+    except BrokenPipeError:
+        # The reader of our output has gone; python would complain again while closing stdout.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except Exception as error:
+        if verbose:
+            traceback.print_exc()
+        _say(
+            f"Internal error: {type(error).__name__}: {error}. This is a defect of dynamictrl; run again with --verbose "
+            "and report what it prints."
+        )
+        return 1
+
+
+def _say(text: str) -> None:
+    click.echo(f"dynamictrl: {text}", err=True)

@@ -1,0 +1,176 @@
+"""`export_checkpoint`: the whole way from a checkpoint folder to a bundle."""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
+from typing import Protocol
+
+from ..bundle.atomic import atomic_folder
+from ..bundle.config import SizeDefaults, TextConfig, TransformerConfig, VaeConfig, geometry
+from ..bundle.errors import InputError
+from ..bundle.manifest import FORMAT_NAME, FORMAT_VERSION, Manifest, write_manifest
+from ..bundle.precision import Precision, item_size
+from ..runtime.scheduler import SchedulerConfig
+from .checkpoint import Checkpoint
+from .components import export_denoiser, export_vae
+from .convert import Converter
+from .text_encoder import check_text_config, export_text
+from .tokenizer import convert_tokenizer
+from .workspace import Workspace
+
+__all__ = ["Progress", "export_checkpoint"]
+
+LIBRARIES = ("torch", "diffusers", "transformers", "onnx", "onnxscript")
+
+
+class Progress(Protocol):
+    """Told what is being done; bytes written advance the stage."""
+
+    def stage(self, name: str, total: float | None = None) -> None: ...
+
+    def rename(self, name: str) -> None: ...
+
+    def advance(self, amount: float = 1) -> None: ...
+
+
+class _Silent:
+    def stage(self, name: str, total: float | None = None) -> None: ...
+
+    def rename(self, name: str) -> None: ...
+
+    def advance(self, amount: float = 1) -> None: ...
+
+
+def export_checkpoint(
+    checkpoint: Path | str,
+    bundle: Path | str,
+    *,
+    precision: Precision = "fp32",
+    height: int | None = None,
+    width: int | None = None,
+    frames: int | None = None,
+    fps: int | None = None,
+    replace: bool = False,
+    progress: Progress | None = None,
+) -> Manifest:
+    """Exports a checkpoint folder (diffusers layout, safetensors) into the new folder `bundle`; returns its manifest.
+
+    `height`, `width` (pixels), `frames` and `fps` set what `animate` makes by default; the graphs take every size.
+    Memory is bounded by the largest tensor and the trace of one block, not by the model. The bundle appears when it is
+    complete; on an error or an interruption nothing remains.
+
+    Raises:
+        InputError: the checkpoint is incomplete, damaged, a pickle or no DynamiCtrl; or the output cannot be written.
+        UsageError: a default size that the model cannot make.
+    """
+    progress = progress or _Silent()
+    source = Checkpoint(checkpoint)
+    transformer = source.config("transformer", TransformerConfig)
+    transformer.check()
+    vae = source.config("vae", VaeConfig)
+    text = check_text_config(source.json("text_encoder"), str(source.folder("text_encoder") / "config.json"))
+    scheduler = _scheduler(source)
+    _check_fit(source, transformer, vae, text)
+    defaults = _defaults(transformer, vae, height, width, frames, fps)
+
+    with atomic_folder(bundle, replace=replace) as folder:
+        workspace = Workspace(folder)
+        total = _bytes(source, precision)
+        progress.stage("weights", total)
+        tick: Callable[[int], None] = progress.advance
+        workspace.add_bytes("tokenizer.json", convert_tokenizer(source.folder("tokenizer")).encode())
+        export_denoiser(transformer, Converter(source.tensors("transformer"), precision, tick), workspace, progress.rename)
+        export_text(text, Converter(source.tensors("text_encoder"), precision, tick), workspace, progress.rename)
+        export_vae(source.json("vae"), Converter(source.tensors("vae"), precision, tick), workspace, progress.rename)
+        manifest = Manifest(
+            format=FORMAT_NAME,
+            version=FORMAT_VERSION,
+            precision=precision,
+            transformer=transformer,
+            text=text,
+            vae=vae,
+            scheduler=scheduler,
+            defaults=defaults,
+            graphs=workspace.graphs,
+            files=workspace.files,
+            provenance=_provenance(source),
+        )
+        write_manifest(folder, manifest)
+    return manifest
+
+
+def _scheduler(source: Checkpoint) -> dict[str, object]:
+    values = source.json("scheduler", "scheduler_config.json")
+    # The published program builds its scheduler from this file with the spacing replaced.
+    values["timestep_spacing"] = "trailing"
+    where = str(source.folder("scheduler") / "scheduler_config.json")
+    SchedulerConfig.from_dict(values, source=where, error=InputError)
+    return values
+
+
+def _check_fit(source: Checkpoint, transformer: TransformerConfig, vae: VaeConfig, text: TextConfig) -> None:
+    """Components that do not belong together are found by their configs, before the first byte is written."""
+    pairs = (
+        ("transformer in_channels / 2", transformer.latent_channels, "vae latent_channels", vae.latent_channels),
+        ("transformer text_embed_dim", transformer.text_embed_dim, "text_encoder d_model", text.d_model),
+        (
+            "transformer temporal_compression_ratio",
+            transformer.temporal_compression_ratio,
+            "vae temporal_compression_ratio",
+            vae.temporal_compression_ratio,
+        ),
+    )
+    for one, a, other, b in pairs:
+        if a != b:
+            raise InputError(f"The components of {str(source.root)!r} do not fit: {one} is {a}, {other} is {b}.")
+
+
+def _defaults(
+    transformer: TransformerConfig,
+    vae: VaeConfig,
+    height: int | None,
+    width: int | None,
+    frames: int | None,
+    fps: int | None,
+) -> SizeDefaults:
+    """The wanted default size, else the checkpoint's own (rounded down to what the model makes)."""
+    step = vae.spatial_compression * transformer.patch_size
+    ratio = vae.temporal_compression_ratio
+    scale = vae.spatial_compression
+    wanted = SizeDefaults(
+        height=height or max(step, transformer.sample_height * scale // step * step),
+        width=width or max(step, transformer.sample_width * scale // step * step),
+        frames=frames or max(1, (transformer.sample_frames - 1) // ratio * ratio + 1),
+        fps=fps or (16 if transformer.patch_size_t else 8),
+    )
+    geometry(transformer, vae, wanted.height, wanted.width, wanted.frames)
+    return wanted
+
+
+def _bytes(source: Checkpoint, precision: Precision) -> int:
+    """About how many bytes of weights will be written."""
+    total = 0
+    for component in ("transformer", "text_encoder", "vae"):
+        tensors = source.tensors(component)
+        for name in tensors:
+            count = 1
+            for n in tensors.info(name).shape:
+                count *= n
+            total += count * item_size(precision)
+    return total
+
+
+def _provenance(source: Checkpoint) -> dict[str, str]:
+    """Versions of what made the bundle and hashes of the checkpoint's configs; no names of the machine or of people."""
+    from .. import __version__
+
+    found = {"dynamictrl-edge": __version__, "python": platform.python_version()}
+    for name in LIBRARIES:
+        found[name] = metadata.version(name)
+    for file in ("model_index.json", "transformer/config.json", "vae/config.json", "text_encoder/config.json"):
+        found[f"sha256 {file}"] = hashlib.sha256((source.root / file).read_bytes()).hexdigest()
+    return found

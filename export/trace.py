@@ -1,0 +1,132 @@
+"""One way from a torch module to an ONNX graph: traced on the meta device, fixed names, symbolic axes, no traces of home."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+import onnx
+import onnx_ir as ir
+import torch
+from onnxscript import optimizer
+
+__all__ = ["IR_VERSION", "OPSET", "Signature", "trace"]
+
+OPSET = 20  # what TensorRT 10.3's parser reads
+IR_VERSION = 10
+
+ELEMENT_TYPES: dict[torch.dtype, str] = {
+    torch.float32: "float",
+    torch.float16: "float16",
+    torch.bfloat16: "bfloat16",
+    torch.int64: "int64",
+}
+
+
+@dataclass(frozen=True)
+class Signature:
+    """Names, types and symbolic shapes of a graph, in order. A string in a shape is a dynamic axis.
+
+    `sizes` gives each dynamic axis the length that it is traced at (2 or more: 0 and 1 would be specialised).
+    """
+
+    inputs: tuple[tuple[str, torch.dtype, tuple[int | str, ...]], ...]
+    outputs: tuple[tuple[str, torch.dtype, tuple[int | str, ...]], ...]
+    sizes: Mapping[str, int] = field(default_factory=dict)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """The exporter warns about its own internals; a person exporting a model cannot act on that."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+def trace(module: torch.nn.Module, signature: Signature, *, name: str) -> onnx.ModelProto:
+    """Exports `module` with the given signature to an ONNX model (opset 20) whose dynamic axes carry our names.
+
+    Traced on the meta device: no weight is allocated. Raises `RuntimeError` if an axis that must stay dynamic was
+    specialised by the trace, which would make a graph that silently accepts one size only.
+    """
+    with torch.device("meta"):
+        arguments = tuple(
+            torch.empty([signature.sizes[n] if isinstance(n, str) else n for n in shape], dtype=dtype)
+            for _, dtype, shape in signature.inputs
+        )
+    dynamic = tuple(
+        {axis: torch.export.Dim.AUTO for axis, n in enumerate(shape) if isinstance(n, str)}
+        for _, _, shape in signature.inputs
+    )
+    with _quiet(), torch.no_grad():
+        program = torch.onnx.export(
+            module.eval(),
+            arguments,
+            dynamo=True,
+            opset_version=OPSET,
+            optimize=False,  # folding cannot read meta tensors; it runs below
+            dynamic_shapes=(dynamic,) if _takes_varargs(module) else dynamic,
+            input_names=[n for n, _, _ in signature.inputs],
+            output_names=[n for n, _, _ in signature.outputs],
+            verbose=False,
+        )
+    if program is None:
+        raise RuntimeError(f"the exporter returned nothing for graph {name!r}")
+    model = program.model
+    model.ir_version = IR_VERSION
+    optimizer.optimize_ir(model, should_fold=lambda node: False if node.op_type == "Transpose" else None)
+    _name_axes(model, signature, name)
+    _forget_home(model, name)
+    return ir.serde.serialize_model(model)
+
+
+def _takes_varargs(module: torch.nn.Module) -> bool:
+    import inspect
+
+    parameters = inspect.signature(module.forward).parameters.values()
+    return any(p.kind is inspect.Parameter.VAR_POSITIONAL for p in parameters)
+
+
+def _name_axes(model: ir.Model, signature: Signature, name: str) -> None:
+    for values, side in ((model.graph.inputs, signature.inputs), (model.graph.outputs, signature.outputs)):
+        if len(values) != len(side):
+            raise RuntimeError(f"graph {name!r} has {len(values)} inputs or outputs where {len(side)} were declared")
+        for value, (port, dtype, shape) in zip(values, side, strict=True):
+            if value.name != port:
+                raise RuntimeError(f"graph {name!r}: {value.name!r} stands where {port!r} was declared")
+            found = value.shape
+            if found is not None and len(found) == len(shape):
+                for got, wanted in zip(found, shape, strict=True):
+                    if isinstance(got, int) and got != wanted:
+                        raise RuntimeError(f"graph {name!r}: axis {wanted!r} of {port!r} was specialised to {got}")
+            value.shape = ir.Shape(shape)
+            value.type = ir.TensorType(getattr(ir.DataType, ELEMENT_TYPES[dtype].upper()))
+
+
+def _forget_home(model: ir.Model, name: str) -> None:
+    """Removes stack traces and other notes: they hold paths of the exporting machine and would change every hash."""
+    model.graph.name = name
+    model.doc_string = None
+    model.producer_name = "dynamictrl-edge"
+    model.producer_version = None
+    model.metadata_props.clear()
+    for graph in (model.graph, *(f.graph for f in model.functions.values())):
+        graph.metadata_props.clear()
+        graph.doc_string = None
+        for value in (*graph.inputs, *graph.outputs, *graph.initializers.values()):
+            value.metadata_props.clear()
+        for node in ir.traversal.RecursiveGraphIterator(graph):
+            node.metadata_props.clear()
+            node.doc_string = None
+            for value in node.outputs:
+                value.metadata_props.clear()
+                value.doc_string = None

@@ -1,0 +1,316 @@
+"""The public door of the runtime: a photo, a pose clip and a prompt in, frames out."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..bundle.config import Geometry, geometry
+from ..bundle.errors import DeviceError, InputError, Interrupted, UsageError
+from ..bundle.store import Bundle
+from .backends.base import Backend
+from .denoiser import Denoiser, Latents, Step
+from .media import load_photo, load_pose, photo_to_tensor, pose_to_tensor
+from .memory import MemoryPlan, plan_memory
+from .noise import NoiseSource
+from .reinit import reinitialised
+from .request import Request
+from .scheduler import SchedulerConfig, make_schedule
+from .text import TextStage
+from .tiling import Tiling
+from .vae import VAEDecoder, VAEEncoder, sample_posterior
+
+__all__ = ["Animator", "Clip", "Request", "Run"]
+
+StepCallback = Callable[["Animator", int, int, dict[str, Any]], "dict[str, Any] | None"]
+ProgressCallback = Callable[[str, int, int], None]  # stage, done, total
+
+
+@dataclass(frozen=True)
+class Clip:
+    """A finished clip.
+
+    frames: [N, H, W, 3] uint8 RGB. fps: frames per second. latents: final latents as they go to the VAE decoder, before
+    division by the scaling factor and without padding frames, [F, C, H, W] float32. seconds: wall time per stage.
+    notices: sentences for the person who asked.
+    """
+
+    frames: np.ndarray
+    fps: Fraction
+    latents: np.ndarray
+    seed: int
+    seconds: dict[str, float]
+    notices: tuple[str, ...]
+
+
+@dataclass
+class Run:
+    """What is known of a request while its frames are still coming: filled stage by stage."""
+
+    request: Request
+    geometry: Geometry
+    fps: Fraction
+    frames: int
+    plan: MemoryPlan
+    notices: list[str] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=dict)
+    latents: np.ndarray | None = None
+
+    @contextmanager
+    def timed(self, stage: str) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start
+
+
+class Animator:
+    """A bundle, loaded and ready. One request at a time; `cancel()` may come from any thread.
+
+    Graphs are loaded when they are first needed and weights stay mapped, so creating an animator is quick.
+    """
+
+    def __init__(self, bundle: Bundle, backend: Backend, *, memory: float | None = None, cache: bool = True):
+        """`memory`: budget in GB (1e9 bytes) for the whole process; None: no limit. `cache`: keep prompt embeddings on disk.
+
+        Raises `BundleError` if the bundle lacks what an animation needs.
+        """
+        self.bundle, self.backend = bundle, backend
+        manifest = bundle.manifest
+        if manifest.text is None:
+            raise UsageError(f"The bundle {str(bundle.root)!r} was exported without its text encoder.")
+        if memory is not None and not memory > 0:
+            raise UsageError(f"--memory {memory} is not possible: give the budget in GB, a number above 0.")
+        self.memory = memory
+        self.scheduler = SchedulerConfig.from_dict(manifest.scheduler)
+        self._text = TextStage(bundle, backend, cache=cache)
+        self._denoiser: Denoiser | None = None
+        self._cancelled = threading.Event()
+
+    @classmethod
+    def from_bundle(
+        cls,
+        path: Path | str,
+        *,
+        backend: str = "auto",
+        memory: float | None = None,
+        threads: int | None = None,
+        cache: bool = True,
+    ) -> Animator:
+        """Opens a bundle folder. `backend`: auto or onnxruntime; `threads`: processor cores to use, default all.
+
+        Raises:
+            BundleError: the bundle is missing, damaged or of another version.
+            DeviceError: the backend cannot run here.
+            UsageError: an unknown backend.
+        """
+        bundle = Bundle(path)
+        if backend == "tensorrt":
+            raise DeviceError("The TensorRT backend is not part of this version. Use --backend onnxruntime.")
+        if backend not in ("auto", "onnxruntime"):
+            raise UsageError(f"--backend {backend!r} is not known; use auto or onnxruntime.")
+        from .backends.onnxruntime import OnnxRuntimeBackend
+
+        return cls(bundle, OnnxRuntimeBackend(bundle, threads=threads), memory=memory, cache=cache)
+
+    def cancel(self) -> None:
+        """Ends the request that is running with `Interrupted`, within one block or VAE chunk. No effect if none is."""
+        self._cancelled.set()
+
+    def _check(self) -> None:
+        if self._cancelled.is_set():
+            raise Interrupted("The clip was cancelled.")
+
+    def __call__(
+        self,
+        *,
+        callback_on_step_end: StepCallback | None = None,
+        progress: ProgressCallback | None = None,
+        **arguments: Any,
+    ) -> Clip:
+        """Makes a clip; the arguments are those of `Request`.
+
+        `callback_on_step_end(animator, step, timestep, {"latents": [1, F, C, H, W] float32})` may return a dict whose
+        "latents" replace the loop's, as in diffusers. `progress(stage, done, total)` is called as work proceeds.
+        """
+        run, chunks = self.start(callback_on_step_end=callback_on_step_end, progress=progress, **arguments)
+        frames = np.concatenate(list(chunks))
+        if run.latents is None:
+            raise RuntimeError("the loop ended without latents")
+        return Clip(frames, run.fps, run.latents, run.request.seed, run.seconds, tuple(run.notices))
+
+    def stream(self, **arguments: Any) -> Iterator[np.ndarray]:
+        """Like calling the animator, but yields [n, H, W, 3] uint8 chunks while later ones are still being decoded."""
+        return self.start(**arguments)[1]
+
+    def start(
+        self,
+        *,
+        callback_on_step_end: StepCallback | None = None,
+        progress: ProgressCallback | None = None,
+        **arguments: Any,
+    ) -> tuple[Run, Iterator[np.ndarray]]:
+        """Checks the request and returns its `Run` with the iterator that does the work and yields frames."""
+        request = Request.of(**arguments)
+        manifest = self.bundle.manifest
+        size = geometry(
+            manifest.transformer,
+            manifest.vae,
+            request.height or manifest.defaults.height,
+            request.width or manifest.defaults.width,
+            request.num_frames or manifest.defaults.frames,
+        )
+        if request.drop_prefix >= size.frames:
+            raise UsageError(f"--drop-prefix {request.drop_prefix} leaves nothing of {size.frames} frames.")
+        fps = Fraction(request.fps if request.fps is not None else manifest.defaults.fps).limit_denominator(100_000)
+        plan = plan_memory(
+            manifest,
+            size,
+            halves=2 if request.guided else 1,
+            tiling=request.tiling,
+            budget=self.memory,
+            block=self._block_bytes(),
+        )
+        run = Run(request, size, fps, size.frames - request.drop_prefix, plan)
+        return run, self._frames(run, callback_on_step_end, progress or (lambda stage, done, total: None))
+
+    def _block_bytes(self) -> int:
+        files = self.bundle.manifest.files
+        return files["weights/block_00.safetensors"].bytes
+
+    def _frames(self, run: Run, callback: StepCallback | None, progress: ProgressCallback) -> Iterator[np.ndarray]:
+        request = run.request
+        self._cancelled.clear()
+        noise = NoiseSource(request.seed)
+        with run.timed("media"):
+            photo, pose = self._media(run)
+        self._check()
+        with run.timed("text"):
+            progress("text", 0, 1)
+            prompts = [request.negative_prompt, request.prompt] if request.guided else [request.prompt]
+            embeds, notices = self._text.encode(prompts, check=self._check)
+            run.notices += notices
+            self._take_turns(run, "text_block")
+        with run.timed("encode"):
+            progress("encode", 0, 1)
+            latents, initial = self._latents(run, photo, pose, embeds, noise)
+        with run.timed("denoise"):
+            for step in self._steps(run, latents, initial, noise, progress):
+                if callback is not None:
+                    result = callback(self, step.index, step.timestep, {"latents": step.latents})
+                    replaced = None if result is None else result.get("latents")
+                    if replaced is not None and replaced is not step.latents:
+                        np.copyto(step.latents, replaced)
+            final = step.latents[0, run.geometry.padding_frames :].copy()
+        if not np.isfinite(final).all():
+            raise DeviceError(
+                "The denoising loop ended with values that are not finite. In fp16 this is an overflow: export with "
+                "--precision fp32 (or bf16 on an NVIDIA GPU)."
+            )
+        run.latents = final
+        yield from self._decoded(run, final, progress)
+
+    def _media(self, run: Run) -> tuple[np.ndarray, np.ndarray]:
+        request, size = run.request, run.geometry
+        photo = load_photo(request.image, size.height, size.width, request.fit)
+        clip = load_pose(
+            request.pose,
+            size.height,
+            size.width,
+            size.pose_frames,
+            run.fps,
+            request.fit,
+            expected=size.frames,
+            skip_frames=request.skip_frames,
+        )
+        run.notices += clip.notices
+        return photo_to_tensor(photo), pose_to_tensor(clip.frames)
+
+    def _latents(
+        self, run: Run, photo: np.ndarray, pose: np.ndarray, embeds: np.ndarray, noise: NoiseSource
+    ) -> tuple[Latents, np.ndarray]:
+        """Conditions and initial noise, drawn in the published order: photo's posterior, pose's posterior, latents."""
+        size, vae = run.geometry, self.bundle.manifest.vae
+        graphs = ("vae_encoder_first", "vae_encoder_next")
+        encoder = VAEEncoder(*map(self.backend.graph, graphs), tiling=self._tiling(run), check=self._check)
+        moments = [encoder.encode(photo[:, :, None]), encoder.encode(pose)]
+        self._take_turns(run, *graphs)
+        drawn = [sample_posterior(m, noise.normal((1, m.shape[1] // 2, *m.shape[2:]))) for m in moments]
+        # [1, C, F, H, W] -> [1, F, C, H, W]
+        image, control = (z.transpose(0, 2, 1, 3, 4) for z in drawn)
+        shape = (1, size.latent_frames, vae.latent_channels, size.latent_height, size.latent_width)
+        first = np.zeros(shape, np.float32)
+        # Checkpoints with this flag were trained on photo latents that are not scaled.
+        first[:, :1] = image if vae.invert_scale_latents else image * np.float32(vae.scaling_factor)
+        control = np.ascontiguousarray(control * np.float32(vae.scaling_factor))
+        initial = noise.normal(shape)
+        if run.request.re_init_noise:
+            initial = reinitialised(initial, first, noise, run.request.seed, self.scheduler)
+        return Latents(embeds, first, control), initial
+
+    def _steps(
+        self, run: Run, latents: Latents, initial: np.ndarray, noise: NoiseSource, progress: ProgressCallback
+    ) -> Iterator[Step]:
+        request = run.request
+        schedule = make_schedule(self.scheduler, request.num_inference_steps)
+        if self._denoiser is None:
+            self._denoiser = Denoiser(self.bundle, self.backend)
+        self._denoiser.resident_blocks = run.plan.resident_blocks
+        progress("denoise", 0, len(schedule))
+        steps = self._denoiser.denoise(
+            latents, initial, schedule, request.guidance_scale, noise, run.geometry.grid, self._check
+        )
+        for step in steps:
+            yield step
+            progress("denoise", step.index + 1, len(schedule))
+
+    def _decoded(self, run: Run, final: np.ndarray, progress: ProgressCallback) -> Iterator[np.ndarray]:
+        """uint8 frames in chunks, exactly as many as were asked for."""
+        vae = self.bundle.manifest.vae
+        # [F, C, H, W] -> [1, C, F, H, W]
+        unscaled = np.ascontiguousarray(final.transpose(1, 0, 2, 3)[None]) / np.float32(vae.scaling_factor)
+        graphs = ("vae_decoder_first", "vae_decoder_next")
+        decoder = VAEDecoder(*map(self.backend.graph, graphs), tiling=self._tiling(run), check=self._check)
+        skip, left = run.request.drop_prefix, run.frames
+        progress("decode", 0, run.frames)
+        chunks = decoder.decode_stream(unscaled)
+        while left > 0:
+            with run.timed("decode"):
+                pixels = next(chunks, None)
+                if pixels is None:
+                    raise InputError(f"The VAE gave {run.frames - left} frames where {run.frames} were wanted.")
+                frames = to_uint8(pixels)
+            skipped = min(skip, len(frames))
+            skip -= skipped
+            frames = frames[skipped : skipped + left]
+            left -= len(frames)
+            progress("decode", run.frames - left, run.frames)
+            if len(frames):
+                yield frames
+        self._take_turns(run, *graphs)
+
+    def _take_turns(self, run: Run, *graphs: str) -> None:
+        """Under a budget, a stage's graphs leave before the next stage comes."""
+        if run.plan.budget is not None:
+            self.backend.drop(*graphs)
+
+    def _tiling(self, run: Run) -> Tiling | None:
+        vae = self.bundle.manifest.vae
+        if not run.plan.tiled:
+            return None
+        return Tiling.published(vae.sample_height, vae.sample_width, vae.spatial_compression)
+
+
+def to_uint8(pixels: np.ndarray) -> np.ndarray:
+    """[1, 3, n, H, W] float32 in -1..1 (not clamped) -> [n, H, W, 3] uint8, rounded half to even as published."""
+    scaled = np.clip(pixels[0] * np.float32(0.5) + np.float32(0.5), 0, 1) * np.float32(255)
+    return np.ascontiguousarray(np.rint(scaled).astype(np.uint8).transpose(1, 2, 3, 0))

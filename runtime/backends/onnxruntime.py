@@ -1,0 +1,141 @@
+"""ONNX Runtime on the CPU. The only file of the runtime that imports onnxruntime."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from ...bundle.errors import BundleError, DeviceError
+from ...bundle.manifest import GraphSpec
+from ...bundle.store import Bundle
+
+__all__ = ["OnnxRuntimeBackend"]
+
+NUMPY = {"float": np.float32, "float16": np.float16, "int64": np.int64}
+
+
+class OnnxRuntimeBackend:
+    """Executes a bundle's graphs with ONNX Runtime's CPU provider; weights are used where they are mapped, uncopied."""
+
+    name = "onnxruntime"
+
+    def __init__(self, bundle: Bundle, *, threads: int | None = None):
+        """`threads`: for one operator, default the cores that this process may use.
+
+        Raises `DeviceError` for a bf16 bundle (ONNX Runtime has no CPU kernels for it) and when ONNX Runtime is missing.
+        """
+        if bundle.manifest.precision == "bf16":
+            raise DeviceError(
+                f"The bundle {str(bundle.root)!r} is bf16, which ONNX Runtime cannot compute on a CPU. "
+                "Export it with --precision fp32 for this machine."
+            )
+        try:
+            import onnxruntime
+        except ImportError as error:
+            raise DeviceError(
+                f"ONNX Runtime cannot be loaded ({error}). Install it: pip install onnxruntime"
+            ) from error
+        self._ort = onnxruntime
+        self._bundle = bundle
+        self._threads = threads or _cores()
+        self._graphs: dict[str, OrtGraph] = {}
+
+    def graph(self, name: str) -> OrtGraph:
+        if name not in self._graphs:
+            self._graphs[name] = self._load(name)
+        return self._graphs[name]
+
+    def drop(self, *names: str) -> None:
+        for name in names:
+            self._graphs.pop(name, None)
+
+    def _load(self, name: str) -> OrtGraph:
+        spec, model = self._bundle.graph(name)
+        options = self._ort.SessionOptions()
+        options.intra_op_num_threads = self._threads
+        options.inter_op_num_threads = 1
+        options.log_severity_level = 3
+        # Only the block is called often enough for waiting threads to be worth a busy core.
+        options.add_session_config_entry("session.intra_op.allow_spinning", "1" if name == "block" else "0")
+        if spec.weights is not None:
+            # The model comes as bytes, so its external initializers are looked for here; the file has been verified.
+            folder = self._bundle.path(spec.weights).parent
+            options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
+        try:
+            session = self._ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # onnxruntime raises many unrelated types
+            raise BundleError(
+                f"ONNX Runtime {self._ort.__version__} cannot load the graph {name!r} of {str(self._bundle.root)!r}: "
+                f"{_first_line(error)}"
+            ) from error
+        return OrtGraph(name, spec, session)
+
+
+class OrtGraph:
+    """A loaded session."""
+
+    def __init__(self, name: str, spec: GraphSpec, session: Any):
+        self.name, self.spec, self.session = name, spec, session
+        self._dtypes = {port.name: np.dtype(NUMPY[port.dtype]) for port in (*spec.inputs, *spec.outputs)}
+
+    def __call__(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        try:
+            feeds = {port.name: feeds[port.name] for port in self.spec.inputs}
+            values = self.session.run(None, feeds)
+        except Exception as error:
+            raise self._failure(error) from error
+        return {port.name: value for port, value in zip(self.spec.outputs, values, strict=True)}
+
+    def prepare(self, arrays: Mapping[str, np.ndarray]) -> OrtCall:
+        call = OrtCall(self)
+        for port in (*self.spec.inputs, *self.spec.outputs):
+            call.bind(port.name, arrays[port.name])
+        return call
+
+    def _failure(self, error: Exception) -> DeviceError:
+        if isinstance(error, DeviceError):
+            return error
+        text = _first_line(error)
+        if "allocat" in text.lower() or isinstance(error, MemoryError):
+            return DeviceError(f"Out of memory in the graph {self.name!r}. Make a smaller or shorter clip. ({text})")
+        return DeviceError(f"The graph {self.name!r} failed: {text}")
+
+
+class OrtCall:
+    """One session with fixed buffers."""
+
+    def __init__(self, graph: OrtGraph):
+        self._graph = graph
+        self._binding = graph.session.io_binding()
+        self._outputs = {port.name for port in graph.spec.outputs}
+        self._alive: dict[str, np.ndarray] = {}
+
+    def bind(self, name: str, array: np.ndarray) -> None:
+        dtype = self._graph._dtypes[name]
+        if array.dtype != dtype or not array.flags.c_contiguous:
+            raise ValueError(
+                f"{name!r} of graph {self._graph.name!r} needs a C-contiguous {dtype} array, not {array.dtype}"
+            )
+        bind = self._binding.bind_output if name in self._outputs else self._binding.bind_input
+        bind(name, "cpu", 0, dtype.type, list(array.shape), array.ctypes.data)
+        self._alive[name] = array
+
+    def __call__(self) -> None:
+        try:
+            self._graph.session.run_with_iobinding(self._binding)
+        except Exception as error:
+            raise self._graph._failure(error) from error
+
+
+def _cores() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

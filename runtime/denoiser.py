@@ -1,0 +1,256 @@
+"""The denoising loop: stem, one block graph run over a store of weights, head; everything constant is computed before.
+
+Buffers are allocated once per request; inside the loop nothing is, and numpy only draws the noise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..bundle.config import TransformerConfig
+from ..bundle.store import Bundle
+from ..bundle.tensors import MappedTensors
+from .backends.base import Backend, Call
+from .embeddings import timestep_sinusoid
+from .noise import NoiseSource
+from .rope import rope_table, split_halves, with_text_prefix
+from .scheduler import Schedule
+
+__all__ = ["OFS", "Denoiser", "Latents", "Step"]
+
+OFS = 2.0  # the value that the published pipeline feeds to 1.5-style models
+MODULATION_ROWS = 15
+
+
+@dataclass(frozen=True)
+class Latents:
+    """What conditions a clip. float32; image and pose latents [1, F, C, H, W], prompt embeddings [B, L, Dt].
+
+    B is 2 (negative, positive) under guidance, else 1.
+    """
+
+    prompt_embeds: np.ndarray
+    image: np.ndarray
+    pose: np.ndarray
+
+
+@dataclass(frozen=True)
+class Step:
+    """State after one step. `latents` [1, F, C, H, W] float32 is the loop's own buffer: copy it to keep it."""
+
+    index: int
+    timestep: int
+    latents: np.ndarray
+    prediction: np.ndarray
+
+
+class BlockStore:
+    """The blocks' weight files, mapped; at most `resident` of them keep their pages after use.
+
+    The loop passes over the blocks in a circle, where dropping the least recently used would drop every one: so the
+    first `resident` blocks stay and the others are streamed.
+    """
+
+    def __init__(self, bundle: Bundle, count: int):
+        self._files = [bundle.tensors(f"block_{i:02d}") for i in range(count)]
+        self.resident = count
+
+    def __getitem__(self, index: int) -> MappedTensors:
+        return self._files[index]
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def ahead(self, index: int) -> None:
+        """Called before block `index` runs: asks for the next streamed block's pages."""
+        following = (index + 1) % len(self._files)
+        if following >= self.resident:
+            self._files[following].prefetch()
+
+    def done(self, index: int) -> None:
+        """Called after block `index` ran."""
+        if index >= self.resident:
+            self._files[index].release()
+
+
+class Denoiser:
+    """The transformer of one bundle, ready to denoise clips of any size that it can make."""
+
+    def __init__(self, bundle: Bundle, backend: Backend):
+        """Maps the weights; nothing is read yet."""
+        self.config: TransformerConfig = bundle.manifest.transformer
+        self._backend = backend
+        self._bundle = bundle
+        self._blocks = BlockStore(bundle, self.config.num_layers)
+        self._shared = bundle.tensors("denoiser")
+        self._tables: tuple[tuple[int, ...], np.ndarray, np.ndarray] | None = None
+
+    def modulation(self, schedule: Schedule) -> tuple[np.ndarray, np.ndarray]:
+        """(blocks [T, layers, 15, D], head [T, 2, D]) float32 for all timesteps; kept for the next clip with the same steps."""
+        key = tuple(int(t) for t in schedule.timesteps)
+        if self._tables is None or self._tables[0] != key:
+            config = self.config
+            feeds: dict[str, np.ndarray] = {"time_sinusoid": timestep_sinusoid(schedule.timesteps, config.width)}
+            if config.ofs_embed_dim is not None:
+                feeds["ofs_sinusoid"] = timestep_sinusoid([OFS], config.ofs_embed_dim)
+            feeds.update(self._shared)
+            graph = self._backend.graph("modulation")
+            table = np.empty((len(key), config.num_layers, MODULATION_ROWS, config.width), np.float32)
+            for i in range(config.num_layers):
+                weights = self._bundle.tensors(f"modulation_{i:02d}")
+                table[:, i] = graph({**feeds, **weights})["table"]
+                weights.release()  # needed once per schedule only
+            head = self._backend.graph("head_modulation")(feeds)["table"]
+            self._backend.drop("modulation", "head_modulation")
+            self._tables = (key, table, head)
+        return self._tables[1], self._tables[2]
+
+    def forget_schedule(self) -> None:
+        """Frees the modulation tables; the next clip computes them anew."""
+        self._tables = None
+
+    def rope(self, grid: tuple[int, int, int], text_tokens: int) -> tuple[np.ndarray, np.ndarray]:
+        """Rotary tables for [text; video] in the half-split layout, each [S, head_dim / 2] float32."""
+        config = self.config
+        half = config.attention_head_dim // 2
+        if config.patch_size_t is None:
+            base = (config.sample_height // config.patch_size, config.sample_width // config.patch_size)
+            tables = rope_table(grid, "linspace", base=base, head_dim=config.attention_head_dim)
+        else:
+            tables = rope_table(grid, "slice", head_dim=config.attention_head_dim)
+        cos, sin = (split_halves(table)[:, :half] for table in tables)
+        cos, sin = with_text_prefix(cos, sin, text_tokens)
+        return np.ascontiguousarray(cos), np.ascontiguousarray(sin)
+
+    def denoise(
+        self,
+        latents: Latents,
+        initial: np.ndarray,
+        schedule: Schedule,
+        guidance: float,
+        noise: NoiseSource,
+        grid: tuple[int, int, int],
+        check: Callable[[], None] = lambda: None,
+    ) -> Iterator[Step]:
+        """Yields one `Step` per timestep; the last one's latents are the result, before division by the scaling factor.
+
+        `initial`: [1, F, C, H, W] float32 pure noise. `check` is called between blocks and may raise to cancel.
+        """
+        blocks, head = self.modulation(schedule)
+        loop = _Loop(self, latents, initial, grid)
+        for index, (timestep, step) in enumerate(zip(schedule.timesteps, schedule.steps, strict=True)):
+            loop.run_blocks(blocks[index], check)
+            for _ in range(step.draws):
+                fresh = noise.normal(initial.shape)  # of two draws the published scheduler uses the second
+            loop.run_head(head[index], guidance, step.as_array(), fresh)
+            yield Step(index, int(timestep), loop.latents, loop.prediction)
+
+    @property
+    def resident_blocks(self) -> int:
+        """How many blocks keep their weights in memory between steps; the others are read anew in every step."""
+        return self._blocks.resident
+
+    @resident_blocks.setter
+    def resident_blocks(self, count: int) -> None:
+        self._blocks.resident = max(0, min(count, len(self._blocks)))
+
+
+class _Loop:
+    """Buffers and prepared calls of one request."""
+
+    def __init__(self, denoiser: Denoiser, latents: Latents, initial: np.ndarray, grid: tuple[int, int, int]):
+        config, backend, shared = denoiser.config, denoiser._backend, denoiser._shared
+        self._blocks = denoiser._blocks
+        batch, text_tokens, _ = latents.prompt_embeds.shape
+        conditions = backend.graph("conditioning")(
+            {
+                "prompt_embeds": latents.prompt_embeds,
+                "image_latents": latents.image,
+                "pose_latents": latents.pose,
+                **shared,
+            }
+        )
+        text, pose = conditions["text"], conditions["pose"]
+        cos, sin = denoiser.rope(grid, text_tokens)
+        tokens = pose.shape[1]
+        rows, d = MODULATION_ROWS, config.width
+        dtype = pose.dtype
+
+        self.latents = initial.astype(np.float32)  # a copy: the loop writes here
+        self._next = np.empty_like(self.latents)
+        self._x0, self._x0_next = np.zeros_like(self.latents), np.empty_like(self.latents)
+        self._noise = np.zeros_like(self.latents)
+        self._coefficients = np.zeros(7, np.float32)
+        self.prediction = np.empty((batch, *self.latents.shape[1:]), np.float32)
+        self._row = np.empty((len(self._blocks), rows, d), np.float32)
+        self._head_row = np.empty((2, d), np.float32)
+
+        stem_video = np.empty((1, tokens, d), dtype)
+        video = [np.empty((batch, tokens, d), dtype) for _ in range(2)]
+        texts = [np.empty_like(text) for _ in range(2)]
+        poses = [np.empty_like(pose) for _ in range(2)]
+        self._stem = backend.graph("stem").prepare(
+            {"latents": self.latents, "image_tokens": conditions["image_tokens"], "video": stem_video, **shared}
+        )
+        # The halves run one after the other: half the activations, and they stay in the caches of a CPU.
+        self._calls: list[list[Call]] = []
+        block = backend.graph("block")
+        for i in range(len(self._blocks)):
+            source, target = i % 2, (i + 1) % 2
+            self._calls.append(
+                [
+                    block.prepare(
+                        {
+                            "video": video[source][h : h + 1] if i else stem_video,
+                            "text": (texts[source] if i else text)[h : h + 1],
+                            "pose": poses[source] if i else pose,
+                            "modulation": self._row[i],
+                            "rope_cos": cos,
+                            "rope_sin": sin,
+                            "video_out": video[target][h : h + 1],
+                            "text_out": texts[target][h : h + 1],
+                            "pose_out": poses[target],
+                            **self._blocks[i],
+                        }
+                    )
+                    for h in range(batch)
+                ]
+            )
+        self._head = backend.graph("head").prepare(
+            {
+                "video": video[len(self._blocks) % 2],
+                "modulation": self._head_row,
+                "latents": self.latents,
+                "x0_old": self._x0,
+                "noise": self._noise,
+                "coefficients": self._coefficients,
+                "latents_out": self._next,
+                "x0": self._x0_next,
+                "prediction": self.prediction,
+                **shared,
+            }
+        )
+
+    def run_blocks(self, rows: np.ndarray, check: Callable[[], None]) -> None:
+        """Stem and all blocks; `rows` [layers, 15, D]."""
+        np.copyto(self._row, rows)
+        self._stem()
+        for i, halves in enumerate(self._calls):
+            check()
+            self._blocks.ahead(i)
+            for call in halves:
+                call()
+            self._blocks.done(i)
+
+    def run_head(self, row: np.ndarray, guidance: float, coefficients: np.ndarray, noise: np.ndarray) -> None:
+        """Head, guidance and the scheduler's update; `self.latents` holds the result."""
+        np.copyto(self._head_row, row)
+        self._coefficients[0] = guidance
+        self._coefficients[1:] = coefficients
+        np.copyto(self._noise, noise)
+        self._head()
+        np.copyto(self.latents, self._next)
+        np.copyto(self._x0, self._x0_next)

@@ -1,0 +1,114 @@
+"""What a clip needs in memory on the CPU, stage by stage, and what to do with a budget.
+
+The stages take turns, so the peak is the largest of them. The counts are of buffers that the runtime or ONNX Runtime
+really allocates (see `docs/memory.md` for the check against measured peaks); the planner for GPUs counts device memory.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..bundle.config import Geometry, TransformerConfig, VaeConfig
+from ..bundle.errors import DeviceError
+from ..bundle.manifest import Manifest
+
+__all__ = ["MemoryPlan", "plan_memory"]
+
+GB = 1e9
+PROCESS = 140_000_000  # Python, numpy, PyAV and ONNX Runtime, measured after a first small clip
+FLOAT = 4  # ONNX Runtime computes fp16 graphs in float32 on the CPU
+# Live full-resolution feature maps in the VAE's last level (input, two convolutions, norm statistics, im2col window,
+# causal state in and out), in units of that level's channels.
+VAE_MAPS = 11
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Bytes per stage and the decisions that follow from the budget (None: no limit)."""
+
+    budget: int | None
+    stages: dict[str, int]
+    resident_blocks: int
+    tiled: bool
+
+    @property
+    def peak(self) -> int:
+        return max(self.stages.values())
+
+
+def plan_memory(
+    manifest: Manifest, size: Geometry, *, halves: int, tiling: str, budget: float | None, block: int
+) -> MemoryPlan:
+    """Decides how many blocks stay resident and whether the VAE works in tiles.
+
+    Args:
+        halves: 2 under guidance, else 1. budget: GB (1e9 bytes) for the process, None for no limit.
+        block: bytes of one block's weights.
+
+    Raises:
+        DeviceError: the clip does not fit; the text gives the smallest budget that works and what else to change.
+    """
+    layers = manifest.transformer.num_layers
+    limit = None if budget is None else int(budget * GB)
+    whole = vae_bytes(manifest.vae, size, size.height, size.width)
+    tile = vae_bytes(manifest.vae, size, *_tile(manifest.vae, size))
+    tiled = tiling == "on" or (tiling == "auto" and limit is not None and PROCESS + whole > limit)
+    decode = tile if tiled else whole
+    loop = loop_bytes(manifest.transformer, size, halves)
+    if manifest.precision == "fp16":
+        loop += 2 * block  # a float32 copy of the block at hand
+    stages = {"text": PROCESS + text_bytes(manifest), "vae": PROCESS + decode, "denoise": PROCESS + loop + 2 * block}
+    if limit is None:
+        stages["denoise"] = PROCESS + loop + layers * block
+        return MemoryPlan(None, stages, layers, tiled)
+    if (least := max(stages.values())) > limit:
+        stage = max(stages, key=lambda name: stages[name])
+        advice = {
+            "text": "the text encoder alone needs that",
+            "vae": "make a smaller clip" + ("" if tiled else " or let the VAE work in tiles: --tiling on"),
+            "denoise": "make a smaller or shorter clip",
+        }[stage]
+        raise DeviceError(
+            f"{size.width}x{size.height} with {size.frames} frames does not fit into --memory {budget:g}: the {stage} "
+            f"stage needs {least / GB:.2f} GB. Give at least --memory {least / GB + 0.005:.2f}, or {advice}."
+        )
+    resident = min(layers, 2 + (limit - stages["denoise"]) // block)
+    if resident < layers:
+        # Streamed blocks pass through room for two; what else is resident counts on top.
+        resident = max(0, resident - 2)
+    stages["denoise"] = PROCESS + loop + min(layers, resident + 2) * block
+    return MemoryPlan(limit, stages, resident, tiled)
+
+
+def loop_bytes(config: TransformerConfig, size: Geometry, halves: int) -> int:
+    """Buffers of the denoising loop and the block's activations at batch 1, without weights."""
+    d, n = config.width, size.video_tokens
+    s = n + config.max_text_seq_length
+    streams = (2 * halves + 1 + 1 + 3) * n * d  # video twice per half, stem, photo tokens, pose and its two buffers
+    scores = 2 * config.num_attention_heads * s * s  # query-key products and their softmax
+    block = max(scores + 6 * s * d, 10 * s * d)  # attention, or feed-forward with its two inner maps
+    latents = 6 * size.latent_frames * config.latent_channels * size.latent_height * size.latent_width
+    return FLOAT * (streams + block + latents)
+
+
+def vae_bytes(vae: VaeConfig, size: Geometry, height: int, width: int) -> int:
+    """One time chunk of the VAE at [height, width], and the frames that wait beside it."""
+    frames = min(size.frames + 3, vae.temporal_compression_ratio * 2 + 1)
+    chunk = VAE_MAPS * vae.block_out_channels[0] * frames * height * width
+    pixels = 3 * size.pose_frames * size.height * size.width
+    return FLOAT * (chunk + pixels)
+
+
+def text_bytes(manifest: Manifest) -> int:
+    """One text block's weights and activations."""
+    text = manifest.text
+    if text is None:
+        return 0
+    s = manifest.transformer.max_text_seq_length
+    weights = 4 * text.d_model * text.inner + 3 * text.d_model * text.d_ff
+    activations = 2 * (text.num_heads * s * s + 4 * s * text.d_ff)
+    return FLOAT * (weights + 2 * activations)
+
+
+def _tile(vae: VaeConfig, size: Geometry) -> tuple[int, int]:
+    return min(size.height, vae.sample_height // 2), min(size.width, vae.sample_width // 2)
