@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from fractions import Fraction
+import contextlib
+import io
+import os
 from pathlib import Path
 from typing import Any
 
 import click
 
-from ..bundle.errors import UsageError
+from ..bundle.errors import InputError, UsageError
 from .console import Progress, json_option, note, print_json, verbose_option, working
 
 STAGES = {
@@ -33,6 +35,10 @@ class SeedList(click.ParamType):
             self.fail(f"{value!r} is not a whole number or a list like 1,2,3", param, ctx)
         if len(set(seeds)) != len(seeds):
             self.fail(f"{value!r} names a seed twice", param, ctx)
+        for seed in seeds:
+            # Here and not only in the request, so that no clip is made before a later seed is refused.
+            if not 0 <= seed < 2**64:
+                self.fail(f"{seed} is not possible: a seed is a whole number from 0 to {2**64 - 1}", param, ctx)
         return seeds
 
 
@@ -110,19 +116,13 @@ def command(
 
     With several seeds, one clip is written per seed: clip-seed1.mp4, clip-seed2.mp4, ...
     """
-    from ..bundle.atomic import check_output_place
     from ..runtime import Animator
-    from ..runtime.media import check_writer_target
 
     if reuse != "off":
         raise UsageError(f"--reuse {reuse!r} is not known; this version has: off.")
-    if threads is not None and threads < 1:
-        raise UsageError(f"--threads {threads} is not possible: give 1 or more.")
-    targets = [(seed, _for_seed(out, seed, seeds), _for_seed(save_latents, seed, seeds)) for seed in seeds]
+    targets = [(seed, _for_seed(out, seed, seeds), _latents_for_seed(save_latents, seed, seeds)) for seed in seeds]
     for _, video, latents in targets:
-        check_writer_target(video)
-        if latents is not None:
-            check_output_place(latents)
+        _check_targets(video, latents, inputs=(image, pose, bundle))
     animator = Animator.from_bundle(bundle, backend=backend, memory=memory, threads=threads, cache=not no_cache)
     results = []
     told: set[str] = set()
@@ -143,7 +143,7 @@ def command(
                 height=height,
                 width=width,
                 num_frames=frames,
-                fps=None if fps is None else Fraction(fps).limit_denominator(1001),
+                fps=fps,
                 fit=fit,
                 skip_frames=skip_frames,
                 drop_prefix=drop_prefix,
@@ -172,13 +172,16 @@ def make(animator: Any, video: str, latents: Path | None, progress: Progress, **
     bars = _Bars(progress)
     run, chunks = animator.start(progress=bars, **arguments)
     size = run.geometry
-    with open_writer(video, run.fps, size.height, size.width) as writer:
+    with contextlib.ExitStack() as stack:
+        # Both are written before either is moved into place: they appear together or not at all.
+        aside = None if latents is None else stack.enter_context(atomic_file(latents))
+        writer = stack.enter_context(open_writer(video, run.fps, size.height, size.width))
         for frames in chunks:
             writer.write(frames)
-        if latents is not None:
-            # Inside the writer's block: either both files appear or none.
-            with atomic_file(latents) as temporary, temporary.open("wb") as file:
-                np.save(file, run.latents, allow_pickle=False)
+        if aside is not None:
+            data = io.BytesIO()  # writing an array straight to a file hides why it failed
+            np.save(data, run.latents, allow_pickle=False)
+            aside.write_bytes(data.getbuffer())
     return {
         "out": str(video),
         "seed": run.request.seed,
@@ -212,10 +215,36 @@ class _Bars:
         self._done = done
 
 
-def _for_seed(path: Any, seed: int, seeds: tuple[int, ...]) -> Any:
-    """`clip.mp4` -> `clip-seed7.mp4` when there are several seeds."""
-    if path is None or len(seeds) == 1:
-        return path
-    p = Path(path)
-    changed = p.with_name(f"{p.stem}-seed{seed}{p.suffix}")
-    return changed if isinstance(path, Path) else str(changed)
+def _for_seed(out: str, seed: int, seeds: tuple[int, ...]) -> str:
+    """`clip.mp4` -> `clip-seed7.mp4` when there are several seeds; `clip.v2/`, a folder, -> `clip.v2-seed7/`."""
+    if len(seeds) == 1:
+        return out
+    folder = out.rstrip("/" + os.sep)
+    if folder != out:
+        return f"{folder}-seed{seed}{out[len(folder) :]}"
+    path = Path(out)
+    return str(path.with_name(f"{path.stem}-seed{seed}{path.suffix}")) if path.name else out
+
+
+def _latents_for_seed(path: Path | None, seed: int, seeds: tuple[int, ...]) -> Path | None:
+    return None if path is None else Path(_for_seed(str(path), seed, seeds))
+
+
+def _check_targets(video: str, latents: Path | None, inputs: tuple[Path, ...]) -> None:
+    """Refuses outputs that cannot be written or would destroy each other or an input, before any work is done."""
+    from ..bundle.atomic import check_output_place
+    from ..runtime.media import check_writer_target
+
+    check_writer_target(video)
+    outputs = {"--out": Path(video)}
+    if latents is not None:
+        check_output_place(latents)
+        if latents.is_dir():
+            raise InputError(f"--save-latents {str(latents)!r} is an existing folder; give a file name like latents.npy.")
+        whole, part = Path(os.path.realpath(video)), Path(os.path.realpath(latents))
+        if whole == part or whole in part.parents:
+            raise UsageError(f"--save-latents {str(latents)!r} would lie in the output {video!r}. Give another name.")
+        outputs["--save-latents"] = latents
+    for flag, output in outputs.items():
+        if any(os.path.realpath(output) == os.path.realpath(source) for source in inputs):
+            raise UsageError(f"{flag} {str(output)!r} would overwrite an input. Give another name.")

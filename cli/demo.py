@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import click
 
-from ..bundle.errors import UsageError
+from ..bundle.errors import UsageError, from_os_error
 from .animate import make
 from .console import json_option, note, print_json, verbose_option, working
 
@@ -22,8 +24,8 @@ PROMPT = "a person in a blue shirt waves, the background shows a green meadow"
 def command(out: str, as_json: bool) -> None:
     """Make a first clip: write a tiny checkpoint, export it, draw a person and a pose clip, animate.
 
-    The weights are random: the clip shows that everything works, not what a trained model makes. Photo, pose clip and a
-    contact sheet are written beside the clip. Needs the extra: pip install "dynamictrl-edge[export]"
+    The weights are random: the clip shows that everything works, not what a trained model makes. A contact sheet of photo,
+    pose clip and clip is written beside it. Needs the extra: pip install "dynamictrl-edge[export]"
     """
     try:
         from ..export.demo_checkpoint import write_demo_checkpoint
@@ -42,10 +44,14 @@ def command(out: str, as_json: bool) -> None:
     from .figure import draw_photo, draw_pose_clip
 
     target = Path(out)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    check_writer_target(out)
+    sheet = target.with_name(f"{target.stem}-sheet.png") if target.name else target
     photo, pose = draw_photo(HEIGHT, WIDTH), draw_pose_clip(HEIGHT, WIDTH, FRAMES)
-    with tempfile.TemporaryDirectory(prefix="dynamictrl-demo-") as folder, working(as_json) as progress:
+    with (
+        _folder_made(target.parent),
+        tempfile.TemporaryDirectory(prefix="dynamictrl-demo-") as folder,
+        working(as_json) as progress,
+    ):
+        check_writer_target(out)
         progress.stage("Writing a tiny checkpoint")
         write_demo_checkpoint(Path(folder) / "checkpoint")
         export_checkpoint(
@@ -68,13 +74,29 @@ def command(out: str, as_json: bool) -> None:
             num_inference_steps=STEPS,
             seed=SEED,
         )
-    sheet = target.with_name(f"{target.stem}-sheet.png")
-    frames = read_clip(out)[0]
-    rows = [("photo", photo[None].repeat(len(frames), 0)), ("pose", pose), ("clip", frames)]
-    with atomic_file(sheet) as temporary:
-        Image.fromarray(contact_sheet(rows)).save(temporary, "PNG")
+        frames = read_clip(out)[0]
+        rows = [("photo", photo[None].repeat(len(frames), 0)), ("pose", pose), ("clip", frames)]
+        with atomic_file(sheet) as temporary:
+            Image.fromarray(contact_sheet(rows)).save(temporary, "PNG")
     result["sheet"] = str(sheet)
     if as_json:
         print_json(result)
     else:
         note(f"Wrote {out} ({result['frames']} frames) and {sheet}. The weights are random, so the clip is noise.")
+
+
+@contextlib.contextmanager
+def _folder_made(folder: Path) -> Iterator[None]:
+    """Creates a folder with those above it; on an error, the ones that were created go again."""
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise from_os_error(error, "create the output folder", folder) from error
+        yield
+    except BaseException:
+        for path in missing:
+            with contextlib.suppress(OSError):
+                path.rmdir()  # only while it is empty
+        raise

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
 import importlib.util
 import os
@@ -34,7 +35,7 @@ def command(as_json: bool) -> None:
 
     Exit code 0 when a clip can be animated here, 5 when not.
     """
-    findings = [*_machine(), *_packages(), *_gpu()]
+    findings = [*_machine(), *_packages(), *_encoders(), *_gpu()]
     able = all(f.state != "missing" for f in findings if f.needed_for == "animate")
     if as_json:
         print_json({"can_animate": able, "findings": [asdict(f) for f in findings]})
@@ -74,6 +75,8 @@ def _packages() -> list[Finding]:
         ("numpy", "numpy", "animate", "pip install dynamictrl-edge"),
         ("av", "av", "animate", "pip install dynamictrl-edge"),
         ("Pillow", "PIL", "animate", "pip install dynamictrl-edge"),
+        ("tokenizers", "tokenizers", "animate", "pip install dynamictrl-edge"),
+        ("msgspec", "msgspec", "animate", "pip install dynamictrl-edge"),
         ("onnxruntime", "onnxruntime", "animate", "pip install onnxruntime"),
         ("torch", "torch", "export", 'pip install "dynamictrl-edge[export]"'),
         ("diffusers", "diffusers", "export", 'pip install "dynamictrl-edge[export]"'),
@@ -91,7 +94,35 @@ def _packages() -> list[Finding]:
             version = importlib.metadata.version(distribution)
         except importlib.metadata.PackageNotFoundError:
             version = "installed, version unknown"
+        if needed_for == "animate" and (why := _unloadable(module)):
+            mend = f"pip install --force-reinstall {distribution}"
+            findings.append(Finding(distribution, "missing", f"{version}, cannot be loaded: {why}", needed_for, mend))
+            continue
         findings.append(Finding(distribution, "ok", version, needed_for))
+    return findings
+
+
+def _unloadable(module: str) -> str | None:
+    """Why a package that is there does not work: a system library is missing, it was built for another processor, ..."""
+    try:
+        importlib.import_module(module)
+    except Exception as error:  # whatever a broken package raises
+        return str(error).strip() or type(error).__name__
+    return None
+
+
+def _encoders() -> list[Finding]:
+    try:
+        import av
+    except Exception:  # already among the packages
+        return []
+    findings = []
+    for codec, name, file in (("libx264", "H.264 encoder", "MP4 output"), ("libvpx-vp9", "VP9 encoder", "WebM output")):
+        try:
+            av.Codec(codec, "w")
+            findings.append(Finding(name, "ok", codec, file))
+        except ValueError:
+            findings.append(Finding(name, "missing", "not in this PyAV", file, "pip install --force-reinstall av"))
     return findings
 
 
@@ -109,12 +140,15 @@ def _gpu() -> list[Finding]:
 
 def _show(findings: list[Finding], able: bool) -> None:
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     table = Table("", "what", "found", "needed for", "how to get it")
     marks = {"ok": "[green]ok[/green]", "missing": "[red]missing[/red]", "info": ""}
     for f in findings:
-        table.add_row(marks[f.state], f.name, f.found, f.needed_for, f.mend if f.state == "missing" else "")
+        # Escaped: rich would take the brackets of "dynamictrl-edge[export]" for a style.
+        row = (f.name, f.found, f.needed_for, f.mend if f.state == "missing" else "")
+        table.add_row(marks[f.state], *map(escape, row))
     console = Console()
     console.print(table)
     console.print(

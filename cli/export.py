@@ -20,7 +20,7 @@ from .console import json_option, note, print_json, verbose_option, working
 @click.option("--height", type=int, help="Default height of clips, pixels. [default: the checkpoint's]")
 @click.option("--width", type=int, help="Default width of clips, pixels. [default: the checkpoint's]")
 @click.option("--frames", type=int, help="Default number of frames. [default: the checkpoint's]")
-@click.option("--force", is_flag=True, help="Replace BUNDLE if it exists.")
+@click.option("--force", is_flag=True, help="Replace BUNDLE if it is one already.")
 @json_option
 @verbose_option
 def command(

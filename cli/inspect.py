@@ -91,12 +91,13 @@ def _group(name: str) -> str:
 
 def _show(bundle: Path, manifest: Any, facts: dict[str, Any]) -> None:
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     console = Console()
     defaults = facts["defaults"]
     console.print(
-        f"[bold]{bundle}[/bold]: {facts['family']}, {facts['precision']}, {facts['blocks']} blocks of width {facts['width']}, "
+        f"[bold]{escape(str(bundle))}[/bold]: {facts['family']}, {facts['precision']}, {facts['blocks']} blocks of width {facts['width']}, "
         f"{facts['total_bytes'] / 1e6:,.1f} MB{', every file verified' if facts['verified'] else ''}"
     )
     console.print(
@@ -109,10 +110,10 @@ def _show(bundle: Path, manifest: Any, facts: dict[str, Any]) -> None:
     graphs = Table("graph", "KB", "inputs", "outputs", title="Graphs", title_justify="left")
     for name, graph in manifest.graphs.items():
         graphs.add_row(
-            name,
+            escape(name),
             f"{manifest.files[graph.file].bytes / 1e3:.1f}",
-            _ports(graph.inputs),
-            _ports(graph.outputs),
+            escape(_ports(graph.inputs)),
+            escape(_ports(graph.outputs)),
         )
     console.print(graphs)
 

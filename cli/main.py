@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
 import signal
 import sys
+import time
 import traceback
+from collections.abc import Iterator
 from types import FrameType
 
 import click
@@ -61,8 +64,35 @@ def cli() -> None:
     """
 
 
-def _interrupt(signum: int, _frame: FrameType | None) -> None:
-    raise KeyboardInterrupt
+PATIENCE = 1.0  # seconds in which a repeated Ctrl-C is not meant as a second one
+
+
+@contextlib.contextmanager
+def _stoppable() -> Iterator[None]:
+    """Ctrl-C and a service manager's stop both end the work with `KeyboardInterrupt`, so that both clean up.
+
+    People press Ctrl-C twice: the second must not break off the cleaning up after the first.
+    """
+    stopped = -PATIENCE
+
+    def stop(signum: int, _frame: FrameType | None) -> None:
+        nonlocal stopped
+        if time.monotonic() - stopped >= PATIENCE:
+            stopped = time.monotonic()
+            raise KeyboardInterrupt
+
+    before = {}
+    try:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            if signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
+                before[number] = signal.signal(number, stop)
+    except ValueError:
+        pass  # not the main thread: the host application owns the signals
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -74,16 +104,11 @@ def run(arguments: list[str]) -> int:
     """Runs one command line and returns its exit code; errors go to stderr as one paragraph."""
     verbose = "--verbose" in arguments
     try:
-        # A service manager's stop must clean up like Ctrl-C does: no half-written outputs.
-        signal.signal(signal.SIGTERM, _interrupt)
-    except ValueError:
-        pass  # not the main thread: the host application owns the signals
-    try:
-        cli.main(args=arguments, prog_name="dynamictrl", standalone_mode=False)
-        sys.stdout.flush()
-        return 0
-    except click.exceptions.Exit as stop:
-        return stop.exit_code
+        with _stoppable():
+            # What a command returns is nothing; the parser returns the code that a command or --help ended with.
+            code = cli.main(args=arguments, prog_name="dynamictrl", standalone_mode=False)
+            sys.stdout.flush()
+        return code if isinstance(code, int) else 0
     except click.UsageError as error:
         error.show()
         return 2
@@ -95,6 +120,11 @@ def run(arguments: list[str]) -> int:
             traceback.print_exc()
         _say(str(error))
         return error.exit_code
+    except ModuleNotFoundError as error:
+        if verbose:
+            traceback.print_exc()
+        _say(f"The package {error.name!r} is not installed. Run 'dynamictrl doctor': it names the command that does it.")
+        return 5
     except MemoryError:
         if verbose:
             traceback.print_exc()

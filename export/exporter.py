@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import platform
 from collections.abc import Callable
 from importlib import metadata
@@ -12,7 +13,7 @@ from typing import Protocol
 from ..bundle.atomic import atomic_folder
 from ..bundle.config import SizeDefaults, TextConfig, TransformerConfig, VaeConfig, geometry
 from ..bundle.errors import InputError
-from ..bundle.manifest import FORMAT_NAME, FORMAT_VERSION, Manifest, write_manifest
+from ..bundle.manifest import FORMAT_NAME, FORMAT_VERSION, MANIFEST_NAME, Manifest, write_manifest
 from ..bundle.precision import Precision, item_size
 from ..runtime.scheduler import SchedulerConfig
 from .checkpoint import Checkpoint
@@ -64,11 +65,14 @@ def export_checkpoint(
     complete; on an error or an interruption nothing remains.
 
     Raises:
-        InputError: the checkpoint is incomplete, damaged, a pickle or no DynamiCtrl; or the output cannot be written.
+        InputError: the checkpoint is incomplete, damaged, a pickle or no DynamiCtrl; the output cannot be written; or
+            `replace` would remove something else than a bundle.
         UsageError: a default size that the model cannot make.
     """
     progress = progress or _Silent()
     source = Checkpoint(checkpoint)
+    if replace:
+        _check_replaceable(Path(bundle), source.root)
     transformer = source.config("transformer", TransformerConfig)
     transformer.check()
     vae = source.config("vae", VaeConfig)
@@ -101,6 +105,20 @@ def export_checkpoint(
         )
         write_manifest(folder, manifest)
     return manifest
+
+
+def _check_replaceable(bundle: Path, checkpoint: Path) -> None:
+    """Replacing removes a folder with all that is in it: only a bundle is, and none that holds the checkpoint."""
+    old, source = Path(os.path.realpath(bundle)), Path(os.path.realpath(checkpoint))
+    if old == source or old in source.parents:
+        raise InputError(
+            f"The output {str(bundle)!r} holds the checkpoint {str(checkpoint)!r}; it is not replaced. Give another name."
+        )
+    if bundle.is_dir() and any(bundle.iterdir()) and not (bundle / MANIFEST_NAME).is_file():
+        raise InputError(
+            f"The output folder {str(bundle)!r} holds something that is not a bundle; it is not replaced. "
+            "Give another name."
+        )
 
 
 def _scheduler(source: Checkpoint) -> dict[str, object]:
@@ -142,10 +160,10 @@ def _defaults(
     ratio = vae.temporal_compression_ratio
     scale = vae.spatial_compression
     wanted = SizeDefaults(
-        height=height or max(step, transformer.sample_height * scale // step * step),
-        width=width or max(step, transformer.sample_width * scale // step * step),
-        frames=frames or max(1, (transformer.sample_frames - 1) // ratio * ratio + 1),
-        fps=fps or (16 if transformer.patch_size_t else 8),
+        height=max(step, transformer.sample_height * scale // step * step) if height is None else height,
+        width=max(step, transformer.sample_width * scale // step * step) if width is None else width,
+        frames=max(1, (transformer.sample_frames - 1) // ratio * ratio + 1) if frames is None else frames,
+        fps=(16 if transformer.patch_size_t else 8) if fps is None else fps,
     )
     geometry(transformer, vae, wanted.height, wanted.width, wanted.frames)
     return wanted

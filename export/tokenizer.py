@@ -106,6 +106,8 @@ def _check_config(config: Mapping[str, Any], path: Path) -> None:
         raise InputError(
             f"{str(path)!r}: sp_model_kwargs is {config['sp_model_kwargs']!r}; sentencepiece options are not supported."
         )
+    if _prepend_scheme(config) == "first" and not config.get("add_prefix_space", True):
+        raise InputError(f"{str(path)!r}: add_prefix_space is False; T5 tokenizers put a space in front.")
     for key, wanted in (("eos_token", END), ("pad_token", PAD), ("unk_token", UNKNOWN)):
         value = config.get(key, wanted)
         content = value.get("content") if isinstance(value, dict) else value
@@ -114,10 +116,8 @@ def _check_config(config: Mapping[str, Any], path: Path) -> None:
 
 
 def _prepend_scheme(config: Mapping[str, Any]) -> str:
-    """Where a space is put in front: before each stretch of text (`legacy`, T5's default), or the first, or nowhere."""
-    if config.get("legacy") is None or config["legacy"]:
-        return "always"
-    return "first" if config.get("add_prefix_space", True) else "never"
+    """Where a space is put in front: before each stretch of text (`legacy`, T5's default), or only the first."""
+    return "always" if config.get("legacy") in (None, True) else "first"
 
 
 def _parts_of_sentencepiece(path: Path, config: Mapping[str, Any]) -> TokenizerParts:
@@ -143,7 +143,7 @@ def _parts_of_sentencepiece(path: Path, config: Mapping[str, Any]) -> TokenizerP
 
 
 def _check_model(proto: Any, path: Path) -> None:
-    """Refuses sentencepiece features that T5's model does not use and our reader does not know."""
+    """Refuses sentencepiece features that T5's model does not use and `_build` does not write."""
     trainer, rules = proto.trainer_spec, proto.normalizer_spec
     expected = {
         "model_type": (trainer.model_type, UNIGRAM),
@@ -235,6 +235,7 @@ def _build(parts: TokenizerParts, path: Path) -> Any:
         raise InputError(f"{str(path)!r} has a piece whose score is not a number. Download it again.")
     try:
         tokenizer = Tokenizer(models.Unigram(list(parts.pieces), parts.unknown_id, byte_fallback=False))
+        # Spaces only, for sentencepiece keeps what else counts as white space (U+0085).
         steps: list[Any] = [normalizers.Replace(Regex(r" +\z"), ""), normalizers.Replace(Regex(" {2,}"), "▁")]
         if parts.character_map:
             steps.insert(0, normalizers.Precompiled(parts.character_map))
@@ -283,7 +284,10 @@ def _compare_with_json(tokenizer: Any, model_file: Path, json_file: Path) -> Non
     table = _read_json(json_file)
     try:
         other = Tokenizer.from_str(json.dumps(table))
-    except Exception as error:  # the library raises plain Exception
+    except BaseException as error:
+        # The library raises plain Exception, or, for a damaged character map, pyo3's PanicException, which is none.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
         raise InputError(f"{str(json_file)!r} is damaged ({error}). Download it again, or remove it.") from error
     for text in SAMPLES:
         if other.encode(text, add_special_tokens=False).ids != tokenizer.encode(text, add_special_tokens=False).ids:

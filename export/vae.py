@@ -66,7 +66,9 @@ DECODER_CHUNK = 2  # latent frames per call, likewise
 
 _TYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 _ELEMENTS = {torch.float32: ir.DataType.FLOAT, torch.float16: ir.DataType.FLOAT16, torch.bfloat16: ir.DataType.BFLOAT16}
-# Convolutions and instance norms know bfloat16 from opset 22 on; TensorRT 10.3 reads 20.
+# Convolutions and instance norms know bfloat16 from opset 22 on; TensorRT 10.3 reads 20. The operators that appear here mean
+# the same in all of these and in the exporter's own opset, so that no conversion is needed.
+_EXPORTER_OPSET = 18
 _OPSETS: dict[Precision, int] = {"fp32": 20, "fp16": 20, "bf16": 22}
 
 
@@ -74,22 +76,23 @@ _OPSETS: dict[Precision, int] = {"fp32": 20, "fp16": 20, "bf16": 22}
 # Each has an eager form, a rule for its shape and an ONNX form. x is always [1, C, F, H, W].
 
 
-@torch.library.custom_op("dynamictrl_edge::normalize", mutates_args=())
-def _normalize(x: Tensor, groups: int, eps: float) -> Tensor:
-    """Group normalization without its affine part; statistics over the whole chunk, in float32."""
-    return F.group_norm(x.float(), groups, eps=eps).to(x.dtype)
+@torch.library.custom_op("dynamictrl_edge::group_norm", mutates_args=())
+def _group_norm(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float) -> Tensor:
+    """Group normalization; statistics over the whole chunk. Weight and bias are [C, 1, 1, 1]."""
+    return F.group_norm(x, groups, weight.flatten(), bias.flatten(), eps)
 
 
-@_normalize.register_fake
-def _(x: Tensor, groups: int, eps: float) -> Tensor:
+@_group_norm.register_fake
+def _(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float) -> Tensor:
     return torch.empty_like(x)
 
 
-def _normalize_onnx(x: Any, groups: int, eps: float) -> Any:
+def _group_norm_onnx(x: Any, weight: Any, bias: Any, groups: int, eps: float) -> Any:
     # Casts around it are not needed: TensorRT and ONNX Runtime keep the statistics in float32 by themselves.
     grouped = op.Reshape(x, op.Constant(value_ints=[1, groups, -1]))
     ones, zeros = (op.Constant(value=ir.tensor([value] * groups, dtype=x.dtype)) for value in (1.0, 0.0))
-    return op.Reshape(op.InstanceNormalization(grouped, ones, zeros, epsilon=eps), op.Shape(x))
+    normal = op.Reshape(op.InstanceNormalization(grouped, ones, zeros, epsilon=eps), op.Shape(x))
+    return op.Add(op.Mul(normal, weight), bias)
 
 
 @torch.library.custom_op("dynamictrl_edge::enlarge", mutates_args=())
@@ -163,7 +166,7 @@ def _slice_onnx(x: Any, dim: int = 0, start: int | None = None, end: int | None 
 
 _END = 2**31 - 1
 _TRANSLATIONS = {
-    torch.ops.dynamictrl_edge.normalize.default: _normalize_onnx,
+    torch.ops.dynamictrl_edge.group_norm.default: _group_norm_onnx,
     torch.ops.dynamictrl_edge.enlarge.default: _enlarge_onnx,
     torch.ops.dynamictrl_edge.halve_frames.default: _halve_frames_onnx,
     torch.ops.dynamictrl_edge.halve_pixels.default: _halve_pixels_onnx,
@@ -245,7 +248,7 @@ class _EncoderChunk(_Chunk):
         return x if self.quant_conv is None else _convolve(self.quant_conv, x)
 
     def norm(self, module: nn.Module, x: Tensor) -> Tensor:
-        return _group_norm(module, x)
+        return _group_norm(x, module.weight, module.bias, module.num_groups, module.eps)
 
 
 class _DecoderChunk(_Chunk):
@@ -258,7 +261,7 @@ class _DecoderChunk(_Chunk):
     def run(self, x: Tensor) -> Tensor:
         decoder = self.decoder
         x = x if self.post_quant_conv is None else _convolve(self.post_quant_conv, x)
-        self.latents, self.frames, self.pixels = x, 1, 1  # what the norms look at, and how much larger x has become
+        self.guide = x  # what the norms look at; grows with x
         x = self.causal(decoder.conv_in, x)
         for resnet in decoder.mid_block.resnets:
             x = self.resnet(resnet, x)
@@ -266,20 +269,18 @@ class _DecoderChunk(_Chunk):
             for resnet in block.resnets:
                 x = self.resnet(resnet, x)
             for sampler in block.upsamplers or ():
+                frames = 2 if sampler.compress_time else 1
                 x = _convolve(sampler.conv, _enlarge(x, 1, 2, False), padding=(0, *sampler.conv.padding))
-                self.pixels *= 2
-                if sampler.compress_time:
-                    x = _enlarge(x, 2, 1, self.odd)
-                    self.frames *= 2
+                x = x if frames == 1 else _enlarge(x, frames, 1, self.odd)
+                self.guide = _enlarge(self.guide, frames, 2, self.odd)
         return self.causal(decoder.conv_out, decoder.conv_act(self.norm(decoder.norm_out, x)))
 
     def norm(self, module: nn.Module, x: Tensor) -> Tensor:
         """Group norm, scaled and shifted by maps of the chunk's latents (https://arxiv.org/abs/2209.09002)."""
-        z = self.latents
-        if self.frames > 1 or self.pixels > 1:
-            z = _enlarge(z, self.frames, self.pixels, self.odd)
-        # The small maps could be computed before they are enlarged, but then compilers keep all of them, enlarged, alive.
-        return _group_norm(module.norm_layer, x) * self.causal(module.conv_y, z) + self.causal(module.conv_b, z)
+        group = module.norm_layer
+        normal = _group_norm(x, group.weight, group.bias, group.num_groups, group.eps)
+        # These maps could be made before the guide grows; but then compilers keep all of them, full-sized, alive at once.
+        return normal * self.causal(module.conv_y, self.guide) + self.causal(module.conv_b, self.guide)
 
 
 def _looks_back(module: nn.Module) -> bool:
@@ -290,10 +291,6 @@ def _looks_back(module: nn.Module) -> bool:
 def _convolve(conv: nn.Module, x: Tensor, padding: tuple[int, ...] | None = None) -> Tensor:
     # Not the module's own forward: that one splits large inputs, with branches on sizes.
     return F.conv3d(x, conv.weight, conv.bias, padding=conv.padding if padding is None else padding)
-
-
-def _group_norm(norm: nn.Module, x: Tensor) -> Tensor:
-    return _normalize(x, norm.num_groups, norm.eps) * norm.weight + norm.bias
 
 
 def _as_volumes(module: nn.Module) -> None:
@@ -378,8 +375,10 @@ def export_vae_graph(
         InputError: the configuration is not one of a VAE that can be exported.
         BundleError: the weight file lacks a tensor, or has it in another shape or type.
     """
+    kind: Kind = "encoder" if "encoder" in name else "decoder"
+    _check_weights(weight_file, vae_tensors(kind, config), SAFETENSORS_NAME[precision])
     model, inputs, outputs = _trace(name, config, precision)
-    _attach_weights(model, weight_file, precision)
+    _attach_weights(model, weight_file)
     path = out_dir / f"{name}.onnx"
     path.write_bytes(_checked(ir.to_proto(model)).SerializeToString(deterministic=True))
     return GraphInfo(name, path, inputs, outputs, weight_file.path.name)
@@ -395,9 +394,14 @@ def _meta_vae(config: Mapping[str, Any], dtype: torch.dtype) -> AutoencoderKLCog
         raise InputError(f"The VAE's temporal_compression_ratio is {ratio!r}; it must be 1, 2, 4 or 8.")
     try:
         with _quiet(), torch.device("meta"), _default_dtype(dtype):
-            return AutoencoderKLCogVideoX.from_config(dict(config)).eval()
+            vae = AutoencoderKLCogVideoX.from_config(dict(config)).eval()
     except (ValueError, TypeError, IndexError, AttributeError, RuntimeError) as error:
         raise InputError(f"The checkpoint's vae/config.json describes no VAE that can be built: {error}") from error
+    if ratio > 2 ** (levels := len(vae.config.block_out_channels) - 1):
+        raise InputError(
+            f"The VAE's temporal_compression_ratio is {ratio}, but its {levels + 1} levels halve time {levels} times."
+        )
+    return vae
 
 
 def _trace(
@@ -413,7 +417,7 @@ def _trace(
             example,
             dynamo=True,
             optimize=False,
-            opset_version=_OPSETS[precision],
+            opset_version=_EXPORTER_OPSET,
             input_names=[port.name for port in inputs],
             output_names=[port.name for port in outputs],
             custom_translation_table=_TRANSLATIONS,
@@ -422,6 +426,7 @@ def _trace(
     if program is None:
         raise RuntimeError("torch.onnx.export returned no program")
     model: ir.Model = program.model
+    model.opset_imports[""] = _OPSETS[precision]
     _tidy(model, name)
     for values, ports in ((model.graph.inputs, inputs), (model.graph.outputs, outputs)):
         for value, port in zip(values, ports, strict=True):
@@ -484,24 +489,27 @@ def _tidy(model: ir.Model, name: str) -> None:
             node.name = weights[0].removesuffix(".weight")
 
 
-def _attach_weights(model: ir.Model, file: WeightFile, precision: Precision) -> None:
-    """Points every initializer at its bytes in `file`."""
-    dtype = SAFETENSORS_NAME[precision]
-    for name, value in model.graph.initializers.items():
+def _check_weights(file: WeightFile, tensors: Sequence[VaeTensor], dtype: str) -> None:
+    for name, _, shape in tensors:
         stored = file.tensors.get(name)
         if stored is None:
             raise BundleError(f"The weight file {str(file.path)!r} lacks the tensor {name!r}.")
-        if value.shape is None:
-            raise RuntimeError(f"the initializer {name} has no shape")
-        shape = value.shape.numpy()
-        # The graph may see a tensor with additional axes of length 1 (`_as_volumes`).
-        if stored.dtype != dtype or [n for n in stored.shape if n != 1] != [n for n in shape if n != 1]:
+        if (stored.dtype, stored.shape) != (dtype, shape):
             raise BundleError(
                 f"The weight file {str(file.path)!r} has the tensor {name!r} as {stored.dtype} {list(stored.shape)}; "
                 f"the graph needs {dtype} {list(shape)}."
             )
+
+
+def _attach_weights(model: ir.Model, file: WeightFile) -> None:
+    """Points every initializer at its bytes in `file`."""
+    for name, value in model.graph.initializers.items():
+        if value.shape is None or value.dtype is None:
+            raise RuntimeError(f"the initializer {name} has no type")
+        stored = file.tensors[name]
+        # Its own shape: the graph may see the tensor with additional axes of length 1 (`_as_volumes`).
         value.const_value = ir.ExternalTensor(
-            file.path.name, stored.offset, stored.nbytes, _ELEMENTS[_TYPES[precision]], shape=value.shape, name=name
+            file.path.name, stored.offset, stored.nbytes, value.dtype, shape=value.shape, name=name
         )
 
 

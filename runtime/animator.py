@@ -240,10 +240,14 @@ class Animator:
     ) -> tuple[Latents, np.ndarray]:
         """Conditions and initial noise, drawn in the published order: photo's posterior, pose's posterior, latents."""
         size, vae = run.geometry, self.bundle.manifest.vae
-        graphs = ("vae_encoder_first", "vae_encoder_next")
-        encoder = VAEEncoder(*map(self.backend.graph, graphs), tiling=self._tiling(run), check=self._check)
+        encoder = VAEEncoder(
+            self.backend.graph,
+            temporal_compression=vae.temporal_compression_ratio,
+            tiling=self._tiling(run),
+            check=self._check,
+        )
         moments = [encoder.encode(photo[:, :, None]), encoder.encode(pose)]
-        self._take_turns(run, *graphs)
+        self._take_turns(run, *encoder.graphs)
         drawn = [sample_posterior(m, noise.normal((1, m.shape[1] // 2, *m.shape[2:]))) for m in moments]
         # [1, C, F, H, W] -> [1, F, C, H, W]
         image, control = (z.transpose(0, 2, 1, 3, 4) for z in drawn)
@@ -278,8 +282,7 @@ class Animator:
         vae = self.bundle.manifest.vae
         # [F, C, H, W] -> [1, C, F, H, W]
         unscaled = np.ascontiguousarray(final.transpose(1, 0, 2, 3)[None]) / np.float32(vae.scaling_factor)
-        graphs = ("vae_decoder_first", "vae_decoder_next")
-        decoder = VAEDecoder(*map(self.backend.graph, graphs), tiling=self._tiling(run), check=self._check)
+        decoder = VAEDecoder(self.backend.graph, tiling=self._tiling(run), check=self._check)
         skip, left = run.request.drop_prefix, run.frames
         progress("decode", 0, run.frames)
         chunks = decoder.decode_stream(unscaled)
@@ -296,7 +299,7 @@ class Animator:
             progress("decode", run.frames - left, run.frames)
             if len(frames):
                 yield frames
-        self._take_turns(run, *graphs)
+        self._take_turns(run, *decoder.graphs)
 
     def _take_turns(self, run: Run, *graphs: str) -> None:
         """Under a budget, a stage's graphs leave before the next stage comes."""

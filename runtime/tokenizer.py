@@ -1,6 +1,16 @@
 """Prompts to T5 token ids: the bundle's `tokenizer.json`, read by the `tokenizers` library.
 
-The published pipeline tokenizes with sentencepiece (Kudo and Richardson 2018) through the slow T5 tokenizer.
+The published pipeline uses sentencepiece (Kudo and Richardson 2018) through the slow T5 tokenizer. The library gives
+the same ids: no difference in 150 000 random strings of ASCII, accented Latin letters, CJK, emoji, white space, words.
+What may be read otherwise (measured with a vocabulary of 386 pieces; the tests pin examples):
+
+- A letter or syllable three or more times in a row ("sooooo"; 2 % of 40 000 such words): rounding, float32 there and
+  float64 here, decides among equally good segmentations. Else it showed in texts of 4 000 words (17 of 150) only.
+- Combining marks that Unicode's NFKC would merge or rewrite, but for one mark behind an ASCII character: "²" with a mark,
+  11 545 of 13 233 decomposed characters (11 172 Hangul); none of 20 000 decomposed Latin-1 and Extended-A words.
+- `</s>`, `<pad>` and `<unk>` spelled so that only normalization reveals them ("＜/s＞"): special tokens here, text there.
+- U+001C to U+001F and U+0085 together beside a typed `<extra_id_N>`: not eaten as white space here.
+- In checkpoints whose tokenizer says `legacy: false`, also white space other than a space behind a typed special token.
 """
 
 from __future__ import annotations
@@ -23,25 +33,20 @@ class PromptTokenizer:
     """T5's tokenizer: `encode` is what `T5Tokenizer(padding="max_length", truncation=True)` gives (the slow one)."""
 
     def __init__(self, text: str, *, source: str = "tokenizer.json"):
-        """`text` is the JSON of a `tokenizers` tokenizer; `source` names it in errors.
-
-        Raises `BundleError` if it is damaged or no T5 tokenizer.
-        """
+        """`text` is the file's content, `source` its name for errors. `BundleError` if it is damaged or not T5's."""
         from tokenizers import Tokenizer
 
         try:
             self._tokenizer = Tokenizer.from_str(text)
-        except Exception as error:  # the library raises plain Exception
+        except BaseException as error:
+            # The library raises plain Exception, or, for a damaged character map, pyo3's PanicException, which is none.
+            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+                raise
             raise BundleError(f"The tokenizer {source!r} is damaged ({error}). Export the checkpoint again.") from error
-        end, pad = self._tokenizer.token_to_id(END), self._tokenizer.token_to_id(PAD)
-        if end is None or pad is None:
-            raise BundleError(
-                f"The tokenizer {source!r} has no {END if end is None else PAD}, so it is not T5's. "
-                "Export the checkpoint again."
-            )
-        self.end_id: int = end
-        self.pad_id: int = pad
-        self.vocab_size: int = self._tokenizer.get_vocab_size()
+        if None in (found := [self._tokenizer.token_to_id(token) for token in (END, PAD)]):
+            raise BundleError(f"The tokenizer {source!r} lacks {END} or {PAD}. Export the checkpoint again.")
+        self.end_id, self.pad_id = found
+        self.vocab_size = int(self._tokenizer.get_vocab_size())
         self.sha256 = hashlib.sha256(text.encode()).hexdigest()
 
     @classmethod

@@ -1,9 +1,8 @@
 """The video VAE over its one-chunk graphs: frames in, frames out, chunk by chunk and tile by tile.
 
-The graphs (`vae_encoder_first/next`, `vae_decoder_first/next`) take one time chunk and the state of the causal
-convolutions, and return a result and the next state. This file decides what is a chunk, carries the states, and cuts
-frames into tiles. Arrays are [1, C, F, H, W], float32; pixels lie in -1..1; latents are unscaled (not times the scaling
-factor).
+The graphs take one time chunk and the state of the causal convolutions, and return a result and the next state. This file
+decides what is a chunk, carries the states and cuts frames into tiles. Arrays are [1, C, F, H, W], float32; pixels lie in
+-1..1; latents are unscaled (divided by the scaling factor, where it applies).
 """
 
 from __future__ import annotations
@@ -33,11 +32,11 @@ ENCODER_CHUNK = 8  # frames per call, as in the published implementation: norm s
 DECODER_CHUNK = 2  # latent frames per call, likewise
 
 Order = Literal["time", "tiles"]
-"""What the outer loop of a tiled run is.
+"""The outer loop of a tiled run. The numbers do not depend on it.
 
-`time`: every chunk goes through all tiles before the next chunk starts, so frames leave early, and the states of all tiles
-are alive at once. `tiles`: every tile goes through all chunks before the next tile starts (the published order): one state
-is alive at a time, and the frames come when the last tile is done. The numbers are the same.
+`time`: every chunk goes through all tiles before the next chunk starts. Frames leave early; the states of all tiles are alive
+at once. `tiles`: every tile goes through all chunks before the next tile starts, the published order. One state is alive at a
+time; the first frames leave when the last tile is done.
 """
 
 _IN, _OUT = "state_in.", "state_out."
@@ -46,22 +45,13 @@ _Grid = list[list[tuple[slice, slice]]]
 
 
 class Graph(Protocol):
-    """A compiled graph, from whatever backend.
+    """A compiled graph, from whatever backend: named inputs to named outputs.
 
-    Values named `state_out.NAME` are handed back as `state_in.NAME` untouched: they may be device buffers instead of
-    arrays. All returned values belong to the caller; a later call does not write into them.
+    Results are numpy arrays that belong to the caller: no later call writes into them. Outputs `state_out.NAME` are handed
+    back as `state_in.NAME` untouched, so a backend may return device buffers for these.
     """
 
-    @property
-    def inputs(self) -> Mapping[str, tuple[Any, tuple[int | str, ...]]]:
-        """Name -> dtype and shape, in the graph's order."""
-
-    @property
-    def outputs(self) -> Mapping[str, tuple[Any, tuple[int | str, ...]]]:
-        """Name -> dtype and shape, in the graph's order."""
-
-    def __call__(self, feeds: Mapping[str, Any]) -> Mapping[str, Any]:
-        """Runs the graph once."""
+    def __call__(self, feeds: Mapping[str, Any]) -> Mapping[str, Any]: ...
 
 
 def time_chunks(count: int, size: int) -> list[int]:
@@ -90,41 +80,47 @@ def sample_posterior(moments: np.ndarray, noise: np.ndarray) -> np.ndarray:
 
 
 class _Coder:
-    """A pair of graphs, for the first and for later chunks, run over time and tiles.
+    """A family of graphs, for first and later chunks, run over time and tiles.
 
     Args:
-        first, following: the graphs for the first chunk and for each later one.
+        graph: gives a graph by its name (one of `graphs`); asked for every call, so it should remember them.
         tiling: tile geometry; frames that one tile covers are not tiled. None: never.
         order: see `Order`.
         check: called before every graph call; what it raises ends the run (cancellation).
     """
 
+    graphs: tuple[str, ...]  # the last one is for all chunks but the first
     source: str  # name of the graphs' data input
     result: str  # name of the graphs' result
-    encodes: bool
 
     def __init__(
         self,
-        first: Graph,
-        following: Graph,
+        graph: Callable[[str], Graph],
         *,
         tiling: Tiling | None = None,
         order: Order = "time",
         check: Callable[[], None] | None = None,
     ) -> None:
-        self.first = first
-        self.following = following
+        self.graph = graph
         self.tiling = tiling
         self.order = order
         self.check = check
 
+    def _first(self, frames: int) -> str:
+        """The name of the graph for a first chunk of so many frames."""
+        raise NotImplementedError
+
+    def _scales(self, compression: int) -> tuple[int, int]:
+        """Rows (columns) per latent, of the data and of the result."""
+        raise NotImplementedError
+
     def _run(self, chunks: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
         """Results of the successive chunks [1, C, F, H, W] of one clip."""
-        head = next(chunks)
-        tiling, grid = self._layout(head)
-        run = self._tiles_first if self.order == "tiles" else self._time_first
-        for tiles in run(chain([head], chunks), grid):
-            yield tiles[0][0] if tiling is None else stitch(tiles, tiling, 1 if self.encodes else tiling.compression)
+        for head in chunks:  # one round: the loops below take the rest
+            tiling, grid = self._layout(head)
+            run = self._tiles_first if self.order == "tiles" else self._time_first
+            for tiles in run(chain([head], chunks), grid):
+                yield tiles[0][0] if tiling is None else stitch(tiles, tiling, self._scales(tiling.compression)[1])
 
     def _time_first(self, chunks: Iterable[np.ndarray], grid: _Grid) -> Iterator[list[list[np.ndarray]]]:
         states: list[list[_State | None]] = [[None] * len(row) for row in grid]
@@ -151,7 +147,7 @@ class _Coder:
         """One graph call: the result, and the state that the next chunk of the same tile takes."""
         if self.check is not None:
             self.check()
-        graph = self.first if state is None else self.following
+        graph = self.graph(self._first(chunk.shape[2]) if state is None else self.graphs[-1])
         outputs = graph({self.source: np.ascontiguousarray(chunk, dtype=np.float32), **(state or {})})
         following = {_IN + name.removeprefix(_OUT): value for name, value in outputs.items() if name.startswith(_OUT)}
         return outputs[self.result], following
@@ -160,7 +156,7 @@ class _Coder:
         """The areas of a frame, in the units of `chunk`, that are coded separately, and the tiling if it is used."""
         tiling = self.tiling
         rows, columns = chunk.shape[3:]
-        scale = tiling.compression if tiling is not None and self.encodes else 1
+        scale = 1 if tiling is None else self._scales(tiling.compression)[0]
         if tiling is None or tiling.covers(-(-rows // scale), -(-columns // scale)):
             return None, [[(slice(0, rows), slice(0, columns))]]
         if rows % scale or columns % scale:
@@ -169,34 +165,74 @@ class _Coder:
 
 
 class VAEEncoder(_Coder):
-    """Pixels [1, 3, F, H, W] to moments [1, 2*C, f, h, w] (mean, then log variance)."""
+    """Pixels [1, 3, F, H, W] to moments [1, 2*C, f, h, w] (mean, then log variance).
 
-    source, result, encodes = "pixels", "moments", True
+    `temporal_compression` is the VAE's (4, usually): F must be a multiple of it plus one. The rest as in `_Coder`.
+    """
+
+    graphs = ("vae_encoder_first", "vae_encoder_next")
+    source, result = "pixels", "moments"
+
+    def __init__(
+        self,
+        graph: Callable[[str], Graph],
+        *,
+        temporal_compression: int,
+        tiling: Tiling | None = None,
+        order: Order = "time",
+        check: Callable[[], None] | None = None,
+    ) -> None:
+        super().__init__(graph, tiling=tiling, order=order, check=check)
+        self.temporal_compression = temporal_compression
 
     def encode(self, pixels: np.ndarray) -> np.ndarray:
         """Encodes a whole clip (or an image: F = 1) at once."""
         return np.concatenate(list(self.encode_stream(_split(pixels, ENCODER_CHUNK))), axis=2)
 
     def encode_stream(self, chunks: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
-        """Encodes a clip that arrives in time chunks of `time_chunks(frames, ENCODER_CHUNK)` frames.
+        """Encodes a clip that arrives in time chunks of `time_chunks(F, ENCODER_CHUNK)` frames.
 
-        Yields the moments of each chunk. Raises `ValueError` for a later chunk of another length than `ENCODER_CHUNK`.
+        Yields the moments of each chunk. Raises `ValueError` for a chunk of a length that cannot stand there.
         """
-        return self._run(_of_length(chunks, ENCODER_CHUNK))
+        return self._run(self._of_right_length(chunks))
+
+    def _of_right_length(self, chunks: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
+        for index, chunk in enumerate(chunks):
+            frames = chunk.shape[2]
+            if index == 0 and (frames - 1) % self.temporal_compression:
+                raise ValueError(
+                    f"{frames} frames cannot begin a clip; a multiple of {self.temporal_compression} plus one can"
+                )
+            if index > 0 and frames != ENCODER_CHUNK:
+                raise ValueError(f"time chunk {index} has {frames} frames, not {ENCODER_CHUNK}")
+            yield chunk
+
+    def _first(self, frames: int) -> str:
+        return self.graphs[0]
+
+    def _scales(self, compression: int) -> tuple[int, int]:
+        return compression, 1
 
 
 class VAEDecoder(_Coder):
-    """Latents [1, C, f, h, w] to pixels [1, 3, F, H, W], not clamped."""
+    """Latents [1, C, f, h, w] to pixels [1, 3, F, H, W], not clamped. See `decoded_frames` for F."""
 
-    source, result, encodes = "latents", "pixels", False
+    graphs = ("vae_decoder_first", "vae_decoder_first_even", "vae_decoder_next")
+    source, result = "latents", "pixels"
 
     def decode(self, latents: np.ndarray) -> np.ndarray:
-        """Decodes a whole clip at once. See `decoded_frames` for the number of frames."""
+        """Decodes a whole clip at once."""
         return np.concatenate(list(self.decode_stream(latents)), axis=2)
 
     def decode_stream(self, latents: np.ndarray) -> Iterator[np.ndarray]:
         """Yields the frames [1, 3, n, H, W] of one time chunk after the other, as soon as they are known."""
         return self._run(_split(latents, DECODER_CHUNK))
+
+    def _first(self, frames: int) -> str:
+        return self.graphs[0] if frames % 2 else self.graphs[1]
+
+    def _scales(self, compression: int) -> tuple[int, int]:
+        return 1, compression
 
 
 def _split(clip: np.ndarray, size: int) -> Iterator[np.ndarray]:
@@ -206,10 +242,3 @@ def _split(clip: np.ndarray, size: int) -> Iterator[np.ndarray]:
     for length in time_chunks(clip.shape[2], size):
         yield clip[:, :, start : start + length]
         start += length
-
-
-def _of_length(chunks: Iterable[np.ndarray], size: int) -> Iterator[np.ndarray]:
-    for index, chunk in enumerate(chunks):
-        if index > 0 and chunk.shape[2] != size:
-            raise ValueError(f"time chunk {index} has {chunk.shape[2]} frames; all but the first must have {size}")
-        yield chunk
