@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import msgspec
 
 from .errors import InputError, UsageError
@@ -9,25 +11,28 @@ from .errors import InputError, UsageError
 __all__ = ["SizeDefaults", "TextConfig", "TransformerConfig", "VaeConfig"]
 
 
+Count = Annotated[int, msgspec.Meta(ge=1)]
+
+
 class TransformerConfig(msgspec.Struct, frozen=True, kw_only=True):
     """The PoseAdaLN CogVideoX transformer (`transformer/config.json`); unknown fields are ignored, like diffusers does."""
 
-    num_attention_heads: int
-    attention_head_dim: int
-    num_layers: int
-    in_channels: int
-    out_channels: int
-    patch_size: int
-    patch_size_t: int | None = None
+    num_attention_heads: Count
+    attention_head_dim: Count
+    num_layers: Count
+    in_channels: Count
+    out_channels: Count
+    patch_size: Count
+    patch_size_t: Count | None = None
     patch_bias: bool = True
-    text_embed_dim: int
-    time_embed_dim: int
-    ofs_embed_dim: int | None = None
-    max_text_seq_length: int
-    sample_height: int
-    sample_width: int
-    sample_frames: int
-    temporal_compression_ratio: int = 4
+    text_embed_dim: Count
+    time_embed_dim: Count
+    ofs_embed_dim: Count | None = None
+    max_text_seq_length: Count
+    sample_height: Count
+    sample_width: Count
+    sample_frames: Count
+    temporal_compression_ratio: Count = 4
     norm_eps: float = 1e-5
     use_learned_positional_embeddings: bool = False
     use_rotary_positional_embeddings: bool = True
@@ -60,6 +65,19 @@ class TransformerConfig(msgspec.Struct, frozen=True, kw_only=True):
             raise InputError(
                 f"transformer/config.json: attention_head_dim {self.attention_head_dim} is no multiple of 8."
             )
+        if self.ofs_embed_dim not in (None, self.time_embed_dim):
+            raise InputError(
+                f"transformer/config.json: ofs_embed_dim {self.ofs_embed_dim} and time_embed_dim {self.time_embed_dim} "
+                "differ; the two embeddings are added."
+            )
+        # diffusers reads `patch_bias` for the convolution of 1.0-style models only.
+        if self.patch_size_t is None and not self.patch_bias:
+            raise InputError("transformer/config.json: patch_bias is False; a patch embedding with a bias is needed.")
+        if self.use_learned_positional_embeddings and self.patch_size_t is not None:
+            raise InputError(
+                "transformer/config.json: use_learned_positional_embeddings with patch_size_t is not supported; "
+                "stored positional tables are those of 1.0-style models."
+            )
 
     @property
     def width(self) -> int:
@@ -89,14 +107,14 @@ class TransformerConfig(msgspec.Struct, frozen=True, kw_only=True):
 class TextConfig(msgspec.Struct, frozen=True, kw_only=True):
     """The T5 v1.1 encoder (`text_encoder/config.json`)."""
 
-    d_model: int
-    d_kv: int
-    d_ff: int
-    num_heads: int
-    num_layers: int
-    vocab_size: int
-    relative_attention_num_buckets: int = 32
-    relative_attention_max_distance: int = 128
+    d_model: Count
+    d_kv: Count
+    d_ff: Count
+    num_heads: Count
+    num_layers: Count
+    vocab_size: Count
+    relative_attention_num_buckets: Count = 32
+    relative_attention_max_distance: Count = 128
     layer_norm_epsilon: float = 1e-6
     feed_forward_proj: str = "gated-gelu"
     pad_token_id: int = 0
@@ -111,18 +129,18 @@ class TextConfig(msgspec.Struct, frozen=True, kw_only=True):
 class VaeConfig(msgspec.Struct, frozen=True, kw_only=True):
     """AutoencoderKLCogVideoX (`vae/config.json`)."""
 
-    block_out_channels: tuple[int, ...]
-    latent_channels: int
-    layers_per_block: int
-    sample_height: int
-    sample_width: int
-    scaling_factor: float
+    block_out_channels: Annotated[tuple[Count, ...], msgspec.Meta(min_length=1)]
+    latent_channels: Count
+    layers_per_block: Count
+    sample_height: Count
+    sample_width: Count
+    scaling_factor: Annotated[float, msgspec.Meta(gt=0)]  # latents are divided by it
     invert_scale_latents: bool = False
-    temporal_compression_ratio: int = 4
-    norm_num_groups: int = 32
+    temporal_compression_ratio: Count = 4
+    norm_num_groups: Count = 32
     norm_eps: float = 1e-6
-    in_channels: int = 3
-    out_channels: int = 3
+    in_channels: Count = 3
+    out_channels: Count = 3
 
     @property
     def spatial_compression(self) -> int:
@@ -133,10 +151,10 @@ class VaeConfig(msgspec.Struct, frozen=True, kw_only=True):
 class SizeDefaults(msgspec.Struct, frozen=True, kw_only=True):
     """What `animate` makes when no size is given; pixels and frames."""
 
-    height: int
-    width: int
-    frames: int
-    fps: int = 8
+    height: Count
+    width: Count
+    frames: Count
+    fps: Count = 8
 
 
 class Geometry(msgspec.Struct, frozen=True, kw_only=True):
@@ -167,13 +185,13 @@ def geometry(transformer: TransformerConfig, vae: VaeConfig, height: int, width:
     for name, value in (("height", height), ("width", width)):
         if value < step or value % step:
             raise UsageError(
-                f"--{name} {value} is not possible: it must be a multiple of {step}, the nearest are {_around(value, step)}."
+                f"--{name} {value} is not possible: it must be a multiple of {step}, the nearest {_around(value, step)}."
             )
     ratio = vae.temporal_compression_ratio
     if frames < 1 or (frames - 1) % ratio:
         raise UsageError(
             f"--frames {frames} is not possible: the model makes {ratio} * n + 1 frames, "
-            f"the nearest are {_around(frames - 1, ratio, least=0, plus=1)}."
+            f"the nearest {_around(frames - 1, ratio, least=0, plus=1)}."
         )
     latent_frames = (frames - 1) // ratio + 1
     padding = -latent_frames % transformer.time_patch
@@ -197,16 +215,16 @@ def geometry(transformer: TransformerConfig, vae: VaeConfig, height: int, width:
 def _check_native(
     transformer: TransformerConfig, vae: VaeConfig, height: int, width: int, frames: int, latent_frames: int
 ) -> None:
-    scale = vae.spatial_compression
+    scale, ratio = vae.spatial_compression, vae.temporal_compression_ratio
     native = (
         transformer.sample_height * scale,
         transformer.sample_width * scale,
-        (transformer.sample_frames - 1) // vae.temporal_compression_ratio + 1,
+        (transformer.sample_frames - 1) // ratio + 1,
     )
     if (height, width, latent_frames) != native:
         raise UsageError(
             f"{width}x{height} with {frames} frames is not possible: this checkpoint stores its positional table for "
-            f"one size only. Use --width {native[1]} --height {native[0]} --frames {transformer.sample_frames}."
+            f"one size only. Use --width {native[1]} --height {native[0]} --frames {(native[2] - 1) * ratio + 1}."
         )
 
 
@@ -214,4 +232,4 @@ def _around(value: int, step: int, least: int | None = None, plus: int = 0) -> s
     lowest = step if least is None else least
     below = max(lowest, value // step * step)
     above = max(below + step, -(-value // step) * step) if value > lowest else below
-    return str(below + plus) if below == above else f"{below + plus} and {above + plus}"
+    return f"is {below + plus}" if below == above else f"are {below + plus} and {above + plus}"

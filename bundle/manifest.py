@@ -66,12 +66,12 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
 def inside(root: Path, name: str) -> Path:
     """The path of bundle file `name`; `BundleError` if it would leave the folder `root` (absolute, `..`, or a link)."""
     pure = PurePosixPath(name)
-    if pure.is_absolute() or ".." in pure.parts or "\\" in name or not pure.parts:
+    if pure.is_absolute() or ".." in pure.parts or "\\" in name or "\0" in name or not pure.parts:
         raise BundleError(f"The bundle {str(root)!r} names the file {name!r}, which lies outside its folder. Refused.")
     path = root / pure
     try:
         path.resolve().relative_to(root.resolve())
-    except ValueError:
+    except (ValueError, RuntimeError, OSError):  # RuntimeError: a link that leads to itself
         raise BundleError(f"In the bundle {str(root)!r}, {name!r} is a link that leaves the folder. Refused.") from None
     return path
 
@@ -79,17 +79,16 @@ def inside(root: Path, name: str) -> Path:
 def read_manifest(root: Path) -> Manifest:
     """Reads and validates `root/bundle.json`; every refusal is a `BundleError` that names the file and the field."""
     path = root / MANIFEST_NAME
+    hint = "A bundle is the folder that 'dynamictrl export CHECKPOINT BUNDLE' writes."
     if not root.is_dir():
-        raise BundleError(
-            f"There is no bundle at {str(root)!r}. A bundle is the folder that 'dynamictrl export CHECKPOINT BUNDLE' writes."
-        )
+        why = "it is a file" if root.exists() else "it does not exist"
+        raise BundleError(f"There is no bundle at {str(root)!r}: {why}. {hint}")
     try:
         raw = path.read_bytes()
     except FileNotFoundError:
-        hint = ""
         if (root / "model_index.json").exists():
-            hint = f" It looks like a checkpoint; export it first: dynamictrl export {root} BUNDLE"
-        raise BundleError(f"{str(root)!r} is not a bundle: it has no {MANIFEST_NAME}.{hint}") from None
+            hint = f"It looks like a checkpoint; export it first: dynamictrl export {root} BUNDLE"
+        raise BundleError(f"{str(root)!r} is not a bundle: it has no {MANIFEST_NAME}. {hint}") from None
     except OSError as error:
         raise BundleError(f"Cannot read {str(path)!r}: {error.strerror}.") from error
     try:
@@ -102,8 +101,10 @@ def read_manifest(root: Path) -> Manifest:
                 "Export the checkpoint again with this program, or install the version that wrote the bundle."
             )
         manifest = msgspec.json.decode(raw, type=Manifest)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise BundleError(f"{str(path)!r} is damaged: {error}.") from error
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise BundleError(
+            f"{str(path)!r} is damaged ({error}). Copy the bundle again, or export the checkpoint again."
+        ) from error
     if manifest.precision not in PRECISIONS:
         raise BundleError(f"{str(path)!r}: precision {manifest.precision!r} is not one of {', '.join(PRECISIONS)}.")
     for name in manifest.files:

@@ -6,7 +6,7 @@ from typing import Literal
 
 import numpy as np
 
-__all__ = ["DTYPES", "PRECISIONS", "Precision", "item_size", "numpy_dtype", "widen"]
+__all__ = ["DTYPES", "PRECISIONS", "SAFETENSORS_NAME", "Precision", "widen"]
 
 Precision = Literal["fp32", "bf16", "fp16"]
 PRECISIONS: tuple[Precision, ...] = ("fp32", "bf16", "fp16")
@@ -25,18 +25,6 @@ DTYPES: dict[str, np.dtype] = {
     "BOOL": np.dtype("?"),
 }
 SAFETENSORS_NAME: dict[Precision, str] = {"fp32": "F32", "bf16": "BF16", "fp16": "F16"}
-
-
-def numpy_dtype(name: str) -> np.dtype:
-    """The numpy dtype that carries the bytes of safetensors dtype `name`; `ValueError` if it is not known."""
-    if name not in DTYPES:
-        raise ValueError(f"dtype {name!r} is not one of {', '.join(DTYPES)}")
-    return DTYPES[name]
-
-
-def item_size(precision: Precision) -> int:
-    """Bytes of one number: 4 for fp32, 2 for bf16 and fp16."""
-    return DTYPES[SAFETENSORS_NAME[precision]].itemsize
 
 
 def widen(array: np.ndarray) -> np.ndarray:

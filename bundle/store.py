@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from .errors import BundleError
@@ -20,12 +20,15 @@ __all__ = ["Bundle", "cache_folder"]
 def cache_folder() -> Path | None:
     """The folder for things that may be thrown away: `$DYNAMICTRL_CACHE`, else the user's cache folder.
 
-    None if `$DYNAMICTRL_CACHE` is set to nothing: then no cache is kept.
+    None if `$DYNAMICTRL_CACHE` is set to nothing, or if the user has no home: then no cache is kept.
     """
     if (chosen := os.environ.get("DYNAMICTRL_CACHE")) is not None:
         return Path(chosen) if chosen else None
     base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "dynamictrl-edge"
+    try:
+        return (Path(base) if base else Path.home() / ".cache") / "dynamictrl-edge"
+    except RuntimeError:  # a container's user without an entry in the list of users
+        return None
 
 
 class Bundle:
@@ -49,20 +52,17 @@ class Bundle:
             raise BundleError(f"The bundle {str(self.root)!r} does not list a file {name!r}.")
         path = inside(self.root, name)
         if name not in self._good:
-            try:
-                size = path.stat().st_size
-                if size != entry.bytes or (self._seen.get(path) != entry.sha256 and sha256_of(path) != entry.sha256):
-                    raise BundleError(
-                        f"The bundle file {str(path)!r} was changed after the export (its SHA-256 is not the one in "
-                        "bundle.json). Copy the bundle again, or export the checkpoint again."
-                    )
-            except FileNotFoundError:
+            with _reading(path):
+                stamp = file_stamp(path)  # before the hash: what changes meanwhile is hashed again next time
+                right = stamp[0] == entry.bytes and (
+                    self._seen.get(path, stamp) == entry.sha256 or sha256_of(path) == entry.sha256
+                )
+            if not right:
                 raise BundleError(
-                    f"The bundle file {str(path)!r} is missing. Copy the bundle again, or export the checkpoint again."
-                ) from None
-            except OSError as error:
-                raise BundleError(f"Cannot read the bundle file {str(path)!r}: {error.strerror}.") from error
-            self._seen.put(path, entry.sha256)
+                    f"The bundle file {str(path)!r} was changed after the export (its SHA-256 is not the one in "
+                    "bundle.json). Copy the bundle again, or export the checkpoint again."
+                )
+            self._seen.put(path, stamp, entry.sha256)
             self._good.add(name)
         return path
 
@@ -82,7 +82,8 @@ class Bundle:
                 "Export the checkpoint again with this version."
             )
         path = self.path(spec.file)
-        data = path.read_bytes()
+        with _reading(path):
+            data = path.read_bytes()
         if hashlib.sha256(data).hexdigest() != self.manifest.files[spec.file].sha256:
             raise BundleError(f"The bundle file {str(path)!r} changed while it was being read. Refused.")
         return spec, data
@@ -100,6 +101,19 @@ class Bundle:
         return digest.hexdigest()
 
 
+@contextlib.contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Turns errors of the system about the bundle file `path` into a `BundleError`."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise BundleError(
+            f"The bundle file {str(path)!r} is missing. Copy the bundle again, or export the checkpoint again."
+        ) from None
+    except OSError as error:
+        raise BundleError(f"Cannot read the bundle file {str(path)!r}: {error.strerror}.") from error
+
+
 class _VerifiedFiles:
     """Which files were found right before, one small JSON file each in the cache folder. Never an error: only a cache."""
 
@@ -112,22 +126,23 @@ class _VerifiedFiles:
             return None
         return self._folder / hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:32]
 
-    def get(self, path: Path) -> str | None:
+    def get(self, path: Path, stamp: tuple[int, ...]) -> str | None:
+        """The SHA-256 that `path` had when it bore this stamp."""
         entry = self._entry(path)
         if entry is None:
             return None
         try:
             known = json.loads(entry.read_text())
-            return str(known["sha256"]) if known["stamp"] == list(file_stamp(path)) else None
-        except (OSError, ValueError, KeyError, TypeError):
+            return str(known["sha256"]) if known["stamp"] == list(stamp) else None
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
             return None
 
-    def put(self, path: Path, sha256: str) -> None:
+    def put(self, path: Path, stamp: tuple[int, ...], sha256: str) -> None:
         entry = self._entry(path)
-        if entry is None or self.get(path) == sha256:
+        if entry is None or self.get(path, stamp) == sha256:
             return
         with contextlib.suppress(OSError):
             entry.parent.mkdir(parents=True, exist_ok=True)
             temporary = entry.with_name(f"{entry.name}.{secrets.token_hex(4)}")
-            temporary.write_text(json.dumps({"sha256": sha256, "stamp": list(file_stamp(path))}))
+            temporary.write_text(json.dumps({"sha256": sha256, "stamp": list(stamp)}))
             os.replace(temporary, entry)

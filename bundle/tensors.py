@@ -11,6 +11,7 @@ import json
 import math
 import mmap
 import os
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,8 @@ __all__ = ["MappedTensors", "TensorInfo", "TensorWriter", "file_stamp", "read_he
 
 ALIGNMENT = 64
 MAX_HEADER = 100_000_000  # the limit of the reference implementation
+MAX_AXES = 32  # the limit of numpy 1
+METADATA = "__metadata__"  # the header's one entry that is no tensor
 
 
 @dataclass(frozen=True)
@@ -56,12 +59,12 @@ def read_header(path: Path, *, error: type[EdgeError] = InputError) -> dict[str,
     try:
         table = json.loads(raw)
         if not isinstance(table, dict):
-            raise TypeError("the header is not a JSON object")
-        infos = [_info(name, entry, 8 + length) for name, entry in table.items() if name != "__metadata__"]
-    except (ValueError, TypeError, KeyError) as cause:
+            raise ValueError("it is not a JSON object")
+        infos = [_info(name, entry, 8 + length) for name, entry in table.items() if name != METADATA]
+    except (ValueError, RecursionError) as cause:
         raise error(f"{str(path)!r} has a damaged safetensors header: {cause}.") from cause
     end = 8 + length
-    for info in sorted(infos, key=lambda i: i.offset):
+    for info in sorted(infos, key=lambda i: (i.offset, i.nbytes)):  # empty tensors share their offset with the next
         if info.offset != end:
             raise error(f"{str(path)!r} is damaged: tensor {info.name!r} overlaps another or leaves a gap.")
         end += info.nbytes
@@ -70,14 +73,33 @@ def read_header(path: Path, *, error: type[EdgeError] = InputError) -> dict[str,
     return {info.name: info for info in infos}
 
 
-def _info(name: str, entry: Mapping[str, Any], base: int) -> TensorInfo:
-    dtype, shape = entry["dtype"], tuple(int(n) for n in entry["shape"])
-    begin, end = (int(n) for n in entry["data_offsets"])
-    if dtype not in DTYPES:
+def _info(name: str, entry: Any, base: int) -> TensorInfo:
+    """One entry of the header, every part of it checked; `ValueError` says which tensor it is about."""
+    if not isinstance(entry, dict):
+        raise ValueError(f"tensor {name!r} is not described by a JSON object")
+    dtype, shape, offsets = entry.get("dtype"), _counts(entry.get("shape")), _counts(entry.get("data_offsets"))
+    if not isinstance(dtype, str) or dtype not in DTYPES:
         raise ValueError(f"tensor {name!r} has dtype {dtype!r}, which is not one of {', '.join(DTYPES)}")
-    if any(n < 0 for n in shape) or math.prod(shape) * DTYPES[dtype].itemsize != end - begin or begin < 0:
-        raise ValueError(f"tensor {name!r} of shape {shape} does not fill its {end - begin} bytes")
+    if shape is None or len(shape) > MAX_AXES or math.prod(n or 1 for n in shape) >= 1 << 56:
+        raise ValueError(f"tensor {name!r} has no shape that is possible: {_short(entry.get('shape'))}")
+    if offsets is None or len(offsets) != 2:
+        raise ValueError(f"tensor {name!r} has no two data_offsets: {_short(entry.get('data_offsets'))}")
+    begin, end = offsets
+    if math.prod(shape) * DTYPES[dtype].itemsize != end - begin:
+        raise ValueError(f"tensor {name!r} of shape {list(shape)} does not fill its {end - begin} bytes")
     return TensorInfo(name, dtype, shape, base + begin, end - begin)
+
+
+def _counts(value: Any) -> tuple[int, ...] | None:
+    """A list of whole numbers from 0 on, small enough for an array; None if it is anything else."""
+    if not isinstance(value, list) or not all(type(n) is int and 0 <= n < 1 << 48 for n in value):
+        return None
+    return tuple(value)
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 class TensorWriter:
@@ -87,16 +109,21 @@ class TensorWriter:
     """
 
     def __init__(self, path: Path, tensors: Sequence[tuple[str, str, tuple[int, ...]]]):
-        """`tensors` lists (name, safetensors dtype, shape) in the order in which `write` will be called."""
+        """`tensors` lists (name, safetensors dtype, shape) in the order in which `write` will be called.
+
+        Raises `ValueError` if a name comes twice, `OSError` if the file cannot be written.
+        """
         header: dict[str, Any] = {}
         offset = 0
         for name, dtype, shape in tensors:
+            if name in header or name == METADATA:
+                raise ValueError(f"{name!r} cannot be the name of one more tensor")
             nbytes = math.prod(shape) * DTYPES[dtype].itemsize
             header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, offset + nbytes]}
             offset += nbytes
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-(8 + len(text)) % ALIGNMENT)
-        self._expected = [(name, math.prod(shape) * DTYPES[dtype].itemsize) for name, dtype, shape in tensors]
+        self._expected = deque((name, math.prod(shape) * DTYPES[dtype].itemsize) for name, dtype, shape in tensors)
         self._hash = hashlib.sha256()
         self._file = path.open("wb")
         self.nbytes = 0
@@ -109,10 +136,13 @@ class TensorWriter:
 
     def write(self, name: str, array: np.ndarray) -> None:
         """The next tensor's raw bytes, C order; `ValueError` if it is not the announced one."""
-        expected_name, nbytes = self._expected.pop(0)
+        if not self._expected:
+            raise ValueError(f"all announced tensors are written already, got {name!r}")
+        expected_name, nbytes = self._expected[0]
         if name != expected_name or array.nbytes != nbytes:
             raise ValueError(f"expected tensor {expected_name!r} of {nbytes} bytes, got {name!r} of {array.nbytes}")
-        self._put(memoryview(np.ascontiguousarray(array).reshape(-1)).cast("B"))
+        self._put(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+        self._expected.popleft()
 
     def close(self) -> str:
         """Flushes and closes; returns the file's SHA-256 (hex). `ValueError` if tensors are missing."""

@@ -14,6 +14,7 @@ from ..bundle.errors import InputError, UsageError
 from .console import Progress, json_option, note, print_json, verbose_option, working
 
 STAGES = {
+    "verify": "Checking the bundle",
     "text": "Reading the prompt",
     "encode": "Encoding photo and pose",
     "denoise": "Denoising",
@@ -119,7 +120,7 @@ def command(
     from ..runtime import Animator
 
     if reuse != "off":
-        raise UsageError(f"--reuse {reuse!r} is not known; this version has: off.")
+        raise UsageError(f"--reuse {reuse!r} is not known; this version has only --reuse off.")
     targets = [(seed, _for_seed(out, seed, seeds), _latents_for_seed(save_latents, seed, seeds)) for seed in seeds]
     for _, video, latents in targets:
         _check_targets(video, latents, inputs=(image, pose, bundle))
@@ -240,10 +241,14 @@ def _check_targets(video: str, latents: Path | None, inputs: tuple[Path, ...]) -
     if latents is not None:
         check_output_place(latents)
         if latents.is_dir():
-            raise InputError(f"--save-latents {str(latents)!r} is an existing folder; give a file name like latents.npy.")
+            raise InputError(
+                f"--save-latents {str(latents)!r} is an existing folder; give a file name like latents.npy."
+            )
         whole, part = Path(os.path.realpath(video)), Path(os.path.realpath(latents))
-        if whole == part or whole in part.parents:
-            raise UsageError(f"--save-latents {str(latents)!r} would lie in the output {video!r}. Give another name.")
+        if whole == part:
+            raise UsageError(f"--save-latents and --out are both {video!r}. Give two names.")
+        if whole in part.parents:
+            raise UsageError(f"--save-latents {str(latents)!r} lies in the output {video!r}. Give another name.")
         outputs["--save-latents"] = latents
     for flag, output in outputs.items():
         if any(os.path.realpath(output) == os.path.realpath(source) for source in inputs):

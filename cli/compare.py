@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from .console import json_option, note, print_json, verbose_option
+from .console import json_option, note, print_json, results, verbose_option
 
 
 @click.command("compare", short_help="Measure the difference between two clips.")
@@ -42,6 +42,7 @@ def command(a: Path, b: Path, sheet: Path | None, as_json: bool) -> None:
     for i, (p, s, g) in enumerate(zip(metrics.psnr, metrics.ssim, metrics.gmsd, strict=True)):
         table.add_row(str(i), f"{p:.2f}", f"{s:.4f}", f"{g:.4f}")
     table.add_row("mean", f"{metrics.psnr.mean():.2f}", f"{metrics.ssim.mean():.4f}", f"{metrics.gmsd.mean():.4f}")
-    Console().print(table)
+    with results():
+        Console().print(table)
     if sheet is not None:
         note(f"Wrote {sheet}.")

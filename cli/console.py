@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,7 +11,9 @@ from typing import Any
 
 import click
 
-__all__ = ["Progress", "json_option", "note", "print_json", "verbose_option", "working"]
+from ..bundle.errors import from_os_error
+
+__all__ = ["Progress", "give_up_stdout", "json_option", "note", "print_json", "results", "verbose_option", "working"]
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout.")
 verbose_option = click.option(
@@ -24,7 +27,32 @@ def note(text: str) -> None:
 
 
 def print_json(value: Any) -> None:
-    click.echo(json.dumps(value, indent=1, default=str))
+    with results():
+        click.echo(json.dumps(value, indent=1, default=str))
+
+
+@contextmanager
+def results() -> Iterator[None]:
+    """Around what prints results on stdout: a disk that is full under a redirection is an error to read, not a trace.
+
+    Raises:
+        InputError: stdout cannot be written to.
+        BrokenPipeError: its reader has gone.
+    """
+    try:
+        yield
+        if sys.stdout is not None:  # it is None where the caller closed it
+            sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        give_up_stdout()
+        raise from_os_error(error, "write to", "standard output") from error
+
+
+def give_up_stdout() -> None:
+    """What is still buffered goes nowhere; otherwise Python would complain once more while it closes stdout."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 class Progress:
@@ -59,7 +87,7 @@ class Progress:
 @contextmanager
 def working(quiet: bool = False) -> Iterator[Progress]:
     """A `Progress` for the duration of a block."""
-    if quiet or not sys.stderr.isatty():
+    if quiet or sys.stderr is None or not sys.stderr.isatty():
         yield Progress(None)
         return
     from rich.console import Console

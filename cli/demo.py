@@ -90,10 +90,11 @@ def _folder_made(folder: Path) -> Iterator[None]:
     """Creates a folder with those above it; on an error, the ones that were created go again."""
     missing = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise from_os_error(error, "create the output folder", folder) from error
+        if missing:
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise from_os_error(error, "create the output folder", folder) from error
         yield
     except BaseException:
         for path in missing:

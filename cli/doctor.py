@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 
 import click
 
-from .console import json_option, print_json, verbose_option
+from .console import json_option, print_json, results, verbose_option
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,8 @@ def command(as_json: bool) -> None:
     if as_json:
         print_json({"can_animate": able, "findings": [asdict(f) for f in findings]})
     else:
-        _show(findings, able)
+        with results():
+            _show(findings, able)
     if not able:
         raise click.exceptions.Exit(5)
 

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import click
 
-from ..bundle.errors import UsageError
+from ..bundle.errors import InputError, UsageError
+from ..bundle.manifest import MANIFEST_NAME
 from ..bundle.precision import PRECISIONS
 from .console import json_option, note, print_json, verbose_option, working
 
@@ -37,6 +38,8 @@ def command(
 
     Only safetensors are read. Needs the extra: pip install "dynamictrl-edge[export]"
     """
+    if not force and (bundle / MANIFEST_NAME).is_file():
+        raise InputError(f"{str(bundle)!r} is a bundle already. Give another name, or replace it with --force.")
     try:
         from ..export.exporter import export_checkpoint
     except ImportError as error:

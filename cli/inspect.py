@@ -7,7 +7,8 @@ from typing import Any
 
 import click
 
-from .console import json_option, print_json, verbose_option, working
+from ..bundle.manifest import MANIFEST_NAME, Manifest
+from .console import json_option, print_json, results, verbose_option, working
 
 
 @click.command("inspect", short_help="Show what is in a bundle.")
@@ -25,15 +26,16 @@ def command(bundle: Path, no_verify: bool, as_json: bool) -> None:
         with working(as_json) as progress:
             progress.stage("Checking files", len(manifest.files))
             opened.verify(lambda name: progress.advance())
-    facts = _facts(manifest)
+    facts = _facts(bundle, manifest)
     facts["verified"] = not no_verify
     if as_json:
         print_json(facts)
     else:
-        _show(bundle, manifest, facts)
+        with results():
+            _show(bundle, manifest, facts)
 
 
-def _facts(manifest: Any) -> dict[str, Any]:
+def _facts(bundle: Path, manifest: Manifest) -> dict[str, Any]:
     from ..runtime.scheduler import SchedulerConfig
 
     config = manifest.transformer
@@ -41,7 +43,7 @@ def _facts(manifest: Any) -> dict[str, Any]:
     for name, entry in manifest.files.items():
         group = _group(name)
         groups[group] = groups.get(group, 0) + entry.bytes
-    scheduler = SchedulerConfig.from_dict(manifest.scheduler)
+    scheduler = SchedulerConfig.from_dict(manifest.scheduler, source=str(bundle / MANIFEST_NAME))
     return {
         "precision": manifest.precision,
         "family": "CogVideoX 1.5 style" if config.patch_size_t else "CogVideoX 1.0 style",
@@ -89,7 +91,7 @@ def _group(name: str) -> str:
     return "graphs" if name.startswith("graphs/") else "other"
 
 
-def _show(bundle: Path, manifest: Any, facts: dict[str, Any]) -> None:
+def _show(bundle: Path, manifest: Manifest, facts: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
@@ -97,7 +99,8 @@ def _show(bundle: Path, manifest: Any, facts: dict[str, Any]) -> None:
     console = Console()
     defaults = facts["defaults"]
     console.print(
-        f"[bold]{escape(str(bundle))}[/bold]: {facts['family']}, {facts['precision']}, {facts['blocks']} blocks of width {facts['width']}, "
+        f"[bold]{escape(str(bundle))}[/bold]: {facts['family']}, {facts['precision']}, "
+        f"{facts['blocks']} blocks of width {facts['width']}, "
         f"{facts['total_bytes'] / 1e6:,.1f} MB{', every file verified' if facts['verified'] else ''}"
     )
     console.print(

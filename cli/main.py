@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-import os
 import signal
 import sys
 import time
@@ -15,6 +14,7 @@ from types import FrameType
 import click
 
 from ..bundle.errors import EdgeError
+from .console import give_up_stdout
 
 __all__ = ["main"]
 
@@ -64,12 +64,14 @@ def cli() -> None:
     """
 
 
+INTERRUPTED = 130
+STOPS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 PATIENCE = 1.0  # seconds in which a repeated Ctrl-C is not meant as a second one
 
 
 @contextlib.contextmanager
-def _stoppable() -> Iterator[None]:
-    """Ctrl-C and a service manager's stop both end the work with `KeyboardInterrupt`, so that both clean up.
+def _stoppable(last: bool) -> Iterator[None]:
+    """Ctrl-C, a service manager's stop and a closed terminal end the work with `KeyboardInterrupt`, so that all clean up.
 
     People press Ctrl-C twice: the second must not break off the cleaning up after the first.
     """
@@ -83,7 +85,7 @@ def _stoppable() -> Iterator[None]:
 
     before = {}
     try:
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in STOPS:
             if signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
                 before[number] = signal.signal(number, stop)
     except ValueError:
@@ -92,29 +94,33 @@ def _stoppable() -> Iterator[None]:
         yield
     finally:
         for number, handler in before.items():
-            signal.signal(number, handler)
+            signal.signal(number, signal.SIG_IGN if last else handler or signal.SIG_DFL)
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Entry point of the `dynamictrl` command; always exits."""
-    sys.exit(run(sys.argv[1:] if arguments is None else arguments))
+    sys.exit(run(sys.argv[1:] if arguments is None else arguments, last=True))
 
 
-def run(arguments: list[str]) -> int:
-    """Runs one command line and returns its exit code; errors go to stderr as one paragraph."""
+def run(arguments: list[str], *, last: bool = False) -> int:
+    """Runs one command line and returns its exit code; errors go to stderr as one paragraph.
+
+    `last`: the process ends after this. Its result stands, so signals that come while Python shuts down are ignored.
+    """
     verbose = "--verbose" in arguments
     try:
-        with _stoppable():
+        with _stoppable(last):
             # What a command returns is nothing; the parser returns the code that a command or --help ended with.
             code = cli.main(args=arguments, prog_name="dynamictrl", standalone_mode=False)
-            sys.stdout.flush()
+            if sys.stdout is not None:  # it is None where the caller closed it
+                sys.stdout.flush()
         return code if isinstance(code, int) else 0
     except click.UsageError as error:
         error.show()
         return 2
     except (KeyboardInterrupt, click.Abort):
         _say("Interrupted. No half-written output was left.")
-        return 130
+        return INTERRUPTED
     except EdgeError as error:
         if verbose:
             traceback.print_exc()
@@ -123,7 +129,9 @@ def run(arguments: list[str]) -> int:
     except ModuleNotFoundError as error:
         if verbose:
             traceback.print_exc()
-        _say(f"The package {error.name!r} is not installed. Run 'dynamictrl doctor': it names the command that does it.")
+        _say(
+            f"The package {error.name!r} is not installed. Run 'dynamictrl doctor': it names the command that installs it."
+        )
         return 5
     except MemoryError:
         if verbose:
@@ -131,8 +139,7 @@ def run(arguments: list[str]) -> int:
         _say("Out of memory. Make a smaller or shorter clip, or give a budget with --memory.")
         return 5
     except BrokenPipeError:
-        # The reader of our output has gone; python would complain again while closing stdout.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        give_up_stdout()  # the reader of our output has gone, as in `... | head`
         return 1
     except Exception as error:
         if verbose:

@@ -42,6 +42,11 @@ class ComponentTensors:
         self._where: dict[str, tuple[Path, TensorInfo]] = {}
         for path in _weight_files(folder, stem):
             for name, info in read_header(path).items():
+                if name in self._where:
+                    other = str(self._where[name][0])
+                    raise InputError(
+                        f"The tensor {name!r} is in {other!r} and again in {str(path)!r}. Which one counts?"
+                    )
                 self._where[name] = (path, info)
 
     def __iter__(self) -> Iterator[str]:
@@ -70,7 +75,7 @@ class ComponentTensors:
         try:
             with path.open("rb", buffering=0) as file:
                 file.seek(info.offset)
-                view = memoryview(buffer)
+                view = buffer.data
                 done = 0
                 while done < info.nbytes:  # one read may return less than asked
                     count = file.readinto(view[done:])
@@ -89,11 +94,12 @@ def _weight_files(folder: Path, stem: str) -> list[Path]:
     single, index = folder / f"{stem}.safetensors", folder / f"{stem}.safetensors.index.json"
     if index.exists():
         table = _json(index)
-        shards = sorted(set(table.get("weight_map", {}).values())) if isinstance(table, dict) else []
-        if not shards or not all(isinstance(name, str) for name in shards):
+        named = table.get("weight_map") if isinstance(table, dict) else None
+        if not isinstance(named, dict) or not named or not all(isinstance(name, str) for name in named.values()):
             raise InputError(f"{str(index)!r} has no 'weight_map'; it is not a safetensors index.")
+        shards = sorted(set(named.values()))
         for name in shards:
-            if Path(name).name != name:
+            if Path(name).name != name or name in ("", ".."):
                 raise InputError(f"{str(index)!r} names the shard {name!r}, which lies outside its folder. Refused.")
             if not (folder / name).exists():
                 raise InputError(f"The shard {str(folder / name)!r} is missing. Is the download complete?")
@@ -115,7 +121,7 @@ def _json(path: Path) -> Any:
         return msgspec.json.decode(path.read_bytes())
     except OSError as error:
         raise from_os_error(error, "read", path) from error
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, RecursionError) as error:
         raise InputError(f"{str(path)!r} is not valid JSON: {error}.") from error
 
 

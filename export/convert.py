@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -15,15 +14,12 @@ from ..bundle.errors import InputError
 from ..bundle.manifest import FileEntry
 from ..bundle.precision import SAFETENSORS_NAME, Precision
 from ..bundle.tensors import TensorWriter
-from .checkpoint import ComponentTensors
+from .checkpoint import TORCH_DTYPES, ComponentTensors
 from .recipe import Recipe
-
-if TYPE_CHECKING:
-    from .workspace import Workspace
 
 __all__ = ["Converter", "source_shapes"]
 
-TORCH = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+TORCH: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass
@@ -34,35 +30,58 @@ class Converter:
     precision: Precision
     tick: Callable[[int], None] = lambda nbytes: None  # progress: bytes written
 
-    def check(self, recipes: Sequence[Recipe]) -> None:
-        """Refuses missing and mis-shaped tensors before a byte is written."""
+    def check(self, recipes: Sequence[Recipe], unused: Collection[str] = ()) -> None:
+        """Refuses missing, mis-shaped and integer tensors, and such as neither `recipes` nor `unused` name.
+
+        Only the headers of the files are read for it.
+        """
         for recipe in recipes:
-            for name, shape in zip(recipe.sources, source_shapes(recipe), strict=True):
-                found = self.source.info(name).shape
-                if found != shape:
-                    raise InputError(
-                        f"The checkpoint {str(self.source.folder)!r} has the tensor {name!r} with shape {list(found)}; "
-                        f"its config asks for {list(shape)}. The weights do not belong to this config."
-                    )
+            self._check_sources(recipe)
+        used = {name for recipe in recipes for name in recipe.sources}.union(unused)
+        extra = sorted(name for name in self.source if name not in used)
+        if extra:
+            raise InputError(
+                f"The checkpoint {str(self.source.folder)!r} holds {len(extra)} tensors that its config does not explain, "
+                f"the first is {extra[0]!r}. The weights do not belong to this config."
+            )
+
+    def _check_sources(self, recipe: Recipe) -> None:
+        for name, shape in zip(recipe.sources, source_shapes(recipe), strict=True):
+            found = self.source.info(name)
+            if found.dtype not in TORCH_DTYPES:
+                raise InputError(
+                    f"The checkpoint {str(self.source.folder)!r} has the tensor {name!r} as {found.dtype}; "
+                    f"floating-point weights are needed ({', '.join(TORCH_DTYPES)})."
+                )
+            if found.shape != shape:
+                raise InputError(
+                    f"The checkpoint {str(self.source.folder)!r} has the tensor {name!r} with shape {list(found.shape)}; "
+                    f"its config asks for {list(shape)}. The weights do not belong to this config."
+                )
+
+    def nbytes(self, recipe: Recipe) -> int:
+        """Bytes of the tensor that `recipe` makes."""
+        return math.prod(recipe.shape) * TORCH[self._precision(recipe)].itemsize
+
+    def _precision(self, recipe: Recipe) -> Precision:
+        return recipe.dtype or self.precision
 
     def write(self, path: Path, recipes: Sequence[Recipe]) -> FileEntry:
         """Converts `recipes` into the safetensors file `path`; `InputError` names a tensor that is not finite."""
-        self.check(recipes)
-        precisions = [recipe.dtype or self.precision for recipe in recipes]
-        table = [(r.target, SAFETENSORS_NAME[p], r.shape) for r, p in zip(recipes, precisions, strict=True)]  # type: ignore[index]
+        for recipe in recipes:
+            self._check_sources(recipe)
+        table = [(r.target, SAFETENSORS_NAME[self._precision(r)], r.shape) for r in recipes]
         with TensorWriter(path, table) as writer:
-            for recipe, precision in zip(recipes, precisions, strict=True):
-                writer.write(recipe.target, self._made(recipe, precision))
-                self.tick(math.prod(recipe.shape) * TORCH[precision].itemsize)
+            for recipe in recipes:
+                writer.write(recipe.target, self._made(recipe))
+                self.tick(self.nbytes(recipe))
             return FileEntry(writer.close(), writer.nbytes)
 
-    def _made(self, recipe: Recipe, precision: str) -> np.ndarray:
+    def _made(self, recipe: Recipe) -> np.ndarray:
         sources = [self._finite(name) for name in recipe.sources]
         if recipe.make is not None:
             tensor = recipe.make(sources)
         else:
-            if recipe.permute_rows is not None:
-                sources = [tensor[list(recipe.permute_rows)] for tensor in sources]
             tensor = torch.cat(sources) if len(sources) > 1 else sources[0]
             if recipe.transpose:
                 tensor = tensor.t()
@@ -70,10 +89,13 @@ class Converter:
             raise InputError(
                 f"{', '.join(recipe.sources)} make a tensor of shape {list(tensor.shape)}, not {recipe.shape}."
             )
+        precision = self._precision(recipe)
         converted = tensor.to(TORCH[precision])
-        if precision == "fp16" and not _is_finite(converted):
+        if converted.dtype != tensor.dtype and not _is_finite(converted):
+            remedy = "Export with --precision bf16 or fp32." if precision == "fp16" else "Its values are out of range."
             raise InputError(
-                f"The tensor {recipe.sources[0]!r} does not fit into fp16. Export with --precision bf16 or fp32."
+                f"The checkpoint tensor {recipe.sources[0]!r} in {str(self.source.folder)!r} does not fit into "
+                f"{precision}. {remedy}"
             )
         converted = converted.contiguous()
         return converted.view(torch.int16).numpy() if precision == "bf16" else converted.numpy()
@@ -86,29 +108,6 @@ class Converter:
                 "The file is damaged or the training diverged."
             )
         return tensor
-
-    def write_all(
-        self,
-        plan: Sequence[tuple[str, Sequence[Recipe]]],
-        workspace: Workspace,
-        stage: Callable[[str], None],
-        ignore: Collection[str] = (),
-    ) -> None:
-        """Writes every file of `plan` (name under weights/, recipes). All of them together must use every tensor."""
-        for _, recipes in plan:  # what is missing in the last file is found before the first is written
-            self.check(recipes)
-        self._refuse_extra({name for _, recipes in plan for recipe in recipes for name in recipe.sources}.union(ignore))
-        for name, recipes in plan:
-            stage(f"weights {name}")
-            workspace.add_weights(name, self.write(workspace.weights_path(name), recipes))
-
-    def _refuse_extra(self, used: Collection[str]) -> None:
-        extra = sorted(name for name in self.source if name not in used)
-        if extra:
-            raise InputError(
-                f"The checkpoint {str(self.source.folder)!r} holds {len(extra)} tensors that its config does not explain, "
-                f"the first is {extra[0]!r}. The weights do not belong to this config."
-            )
 
 
 def source_shapes(recipe: Recipe) -> tuple[tuple[int, ...], ...]:

@@ -5,21 +5,20 @@ from __future__ import annotations
 import hashlib
 import os
 import platform
-from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 from typing import Protocol
 
 from ..bundle.atomic import atomic_folder
 from ..bundle.config import SizeDefaults, TextConfig, TransformerConfig, VaeConfig, geometry
-from ..bundle.errors import InputError
+from ..bundle.errors import InputError, UsageError
 from ..bundle.manifest import FORMAT_NAME, FORMAT_VERSION, MANIFEST_NAME, Manifest, write_manifest
-from ..bundle.precision import Precision, item_size
+from ..bundle.precision import Precision
 from ..runtime.scheduler import SchedulerConfig
+from . import components
 from .checkpoint import Checkpoint
-from .components import export_denoiser, export_vae
 from .convert import Converter
-from .text_encoder import check_text_config, export_text
+from .text_encoder import check_text_config
 from .tokenizer import convert_tokenizer
 from .workspace import Workspace
 
@@ -80,16 +79,31 @@ def export_checkpoint(
     scheduler = _scheduler(source)
     _check_fit(source, transformer, vae, text)
     defaults = _defaults(transformer, vae, height, width, frames, fps)
+    tokenizer = convert_tokenizer(source.folder("tokenizer"))
+
+    def converter(component: str) -> Converter:
+        return Converter(source.tensors(component), precision, progress.advance)
+
+    parts = [
+        components.denoiser(transformer, converter("transformer")),
+        components.text_encoder(text, converter("text_encoder")),
+        components.vae(source.json("vae"), converter("vae")),
+    ]
+    for part in parts:
+        part.check()
 
     with atomic_folder(bundle, replace=replace) as folder:
         workspace = Workspace(folder)
-        total = _bytes(source, precision)
-        progress.stage("weights", total)
-        tick: Callable[[int], None] = progress.advance
-        workspace.add_bytes("tokenizer.json", convert_tokenizer(source.folder("tokenizer")).encode())
-        export_denoiser(transformer, Converter(source.tensors("transformer"), precision, tick), workspace, progress.rename)
-        export_text(text, Converter(source.tensors("text_encoder"), precision, tick), workspace, progress.rename)
-        export_vae(source.json("vae"), Converter(source.tensors("vae"), precision, tick), workspace, progress.rename)
+        workspace.add_bytes("tokenizer.json", tokenizer.encode())
+        progress.stage("weights", sum(part.nbytes for part in parts))
+        for part in parts:
+            part.write_weights(workspace, progress.rename)
+        graphs = {name: add for part in parts for name, add in part.graphs.items()}
+        progress.stage("graphs", len(graphs))
+        for name, add in graphs.items():
+            progress.rename(f"graph {name}")
+            add(workspace)
+            progress.advance()
         manifest = Manifest(
             format=FORMAT_NAME,
             version=FORMAT_VERSION,
@@ -141,6 +155,8 @@ def _check_fit(source: Checkpoint, transformer: TransformerConfig, vae: VaeConfi
             "vae temporal_compression_ratio",
             vae.temporal_compression_ratio,
         ),
+        ("vae in_channels", vae.in_channels, "the number of colours", 3),
+        ("vae out_channels", vae.out_channels, "the number of colours", 3),
     )
     for one, a, other, b in pairs:
         if a != b:
@@ -165,21 +181,10 @@ def _defaults(
         frames=max(1, (transformer.sample_frames - 1) // ratio * ratio + 1) if frames is None else frames,
         fps=(16 if transformer.patch_size_t else 8) if fps is None else fps,
     )
+    if wanted.fps < 1:
+        raise UsageError(f"{wanted.fps} frames per second are not possible; give 1 or more.")
     geometry(transformer, vae, wanted.height, wanted.width, wanted.frames)
     return wanted
-
-
-def _bytes(source: Checkpoint, precision: Precision) -> int:
-    """About how many bytes of weights will be written."""
-    total = 0
-    for component in ("transformer", "text_encoder", "vae"):
-        tensors = source.tensors(component)
-        for name in tensors:
-            count = 1
-            for n in tensors.info(name).shape:
-                count *= n
-            total += count * item_size(precision)
-    return total
 
 
 def _provenance(source: Checkpoint) -> dict[str, str]:

@@ -6,6 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from ..bundle.precision import Precision
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -20,7 +22,6 @@ class Recipe:
     sources: tuple[str, ...]  # checkpoint names, joined before the transform
     shape: tuple[int, ...]  # shape in the weight store
     transpose: bool = False  # [out, in] -> [in, out]
-    permute_rows: tuple[int, ...] | None = None  # optional row order applied to each source first
-    dtype: str | None = None  # None: the bundle's precision; "fp32" etc. to pin
+    dtype: Precision | None = None  # None: the bundle's precision
     source_shapes: tuple[tuple[int, ...], ...] | None = None  # of each source; None: they follow from `shape`
-    make: Callable[[Sequence[Tensor]], Tensor] | None = None  # replaces joining, permuting and transposing
+    make: Callable[[Sequence[Tensor]], Tensor] | None = None  # replaces joining and transposing

@@ -16,7 +16,7 @@ no mantissa bit: 4.2 million fits, and only activations under 0.004 (float16's s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Container, Mapping
 from typing import Any
 
 import msgspec
@@ -26,16 +26,13 @@ from torch import Tensor, nn
 from ..bundle.config import TextConfig
 from ..bundle.errors import InputError
 from ..bundle.precision import Precision
-from .convert import Converter
 from .recipe import Recipe
-from .trace import Signature, trace
-from .workspace import Workspace
+from .trace import Signature
 
 __all__ = [
     "EMBEDDING_ALIASES",
     "TextBlock",
     "check_text_config",
-    "export_text",
     "text_block_signature",
     "text_layer_recipe",
     "text_shared_recipe",
@@ -66,9 +63,6 @@ def check_text_config(values: Mapping[str, Any], source: str = "text_encoder/con
         config = msgspec.convert(dict(values), TextConfig)
     except msgspec.ValidationError as error:
         raise InputError(f"{source!r} is no T5 configuration: {error}.") from error
-    for field in ("d_model", "d_kv", "d_ff", "num_heads", "num_layers", "vocab_size"):
-        if getattr(config, field) < 1:
-            raise InputError(f"{source!r}: {field} is {getattr(config, field)}; it must be positive.")
     return config
 
 
@@ -177,14 +171,3 @@ def text_block_signature(config: TextConfig, precision: Precision) -> Signature:
         outputs=(("hidden_out", f32, hidden),),
         sizes={"B": 2, "S": 16},
     )
-
-
-def export_text(config: TextConfig, converter: Converter, workspace: Workspace, stage: Callable[[str], None]) -> None:
-    """Adds graph `text_block` and the weight files `text` and `text_block_00`, ... to `workspace`."""
-    plan = [("text", text_shared_recipe(config, converter.source))]
-    plan += [(f"text_block_{i:02d}", text_layer_recipe(config, i)) for i in range(config.num_layers)]
-    converter.write_all(plan, workspace, stage, ignore=EMBEDDING_ALIASES)
-    stage("graph text_block")
-    signature = text_block_signature(config, converter.precision)
-    model = trace(TextBlock(config, converter.precision), signature, name="text_block")
-    workspace.add_graph("text_block", model)

@@ -104,10 +104,11 @@ def _name_axes(model: ir.Model, signature: Signature, name: str) -> None:
             if value.name != port:
                 raise RuntimeError(f"graph {name!r}: {value.name!r} stands where {port!r} was declared")
             found = value.shape
-            if found is not None and len(found) == len(shape):
-                for got, wanted in zip(found, shape, strict=True):
-                    if isinstance(got, int) and got != wanted:
-                        raise RuntimeError(f"graph {name!r}: axis {wanted!r} of {port!r} was specialised to {got}")
+            if found is None or len(found) != len(shape):
+                raise RuntimeError(f"graph {name!r}: {port!r} has the shape {found} where {shape} was declared")
+            for got, wanted in zip(found, shape, strict=True):
+                if isinstance(got, int) and got != wanted:
+                    raise RuntimeError(f"graph {name!r}: axis {wanted!r} of {port!r} was specialised to {got}")
             value.shape = ir.Shape(shape)
             value.type = ir.TensorType(getattr(ir.DataType, ELEMENT_TYPES[dtype].upper()))
 

@@ -84,7 +84,7 @@ class TimeEmbedding(nn.Module):
             rest = rest[4:]
             x = linear(F.silu(linear(x, w1, b1)), w2, b2)
             temb = x if temb is None else temb + x
-        return F.silu(temb), rest  # type: ignore[arg-type]
+        return F.silu(temb), rest
 
     def rows(self, x: Tensor, weight: Tensor, bias: Tensor) -> list[Tensor]:
         """Chunks (shift, scale[, gate]) of x [T, n * D] -> (scale, shift[, gate]) with the norm's affine, float32."""
@@ -293,7 +293,7 @@ def graph_modules(config: TransformerConfig, precision: str) -> dict[str, tuple[
     def weight(name: str, *shape: int | str) -> tuple[str, torch.dtype, tuple[int | str, ...]]:
         return name, c, shape
 
-    time = [("time_sinusoid", f32, ("T", d))]
+    time: list[tuple[str, torch.dtype, tuple[int | str, ...]]] = [("time_sinusoid", f32, ("T", d))]
     time_weights = [weight("time_1_weight", d, e), weight("time_1_bias", e)]
     time_weights += [weight("time_2_weight", e, e), weight("time_2_bias", e)]
     if config.ofs_embed_dim is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -14,11 +15,12 @@ from typing import Any
 import numpy as np
 
 from ..bundle.config import Geometry, geometry
-from ..bundle.errors import DeviceError, InputError, Interrupted, UsageError
+from ..bundle.errors import BundleError, DeviceError, InputError, Interrupted, UsageError
+from ..bundle.manifest import MANIFEST_NAME
 from ..bundle.store import Bundle
 from .backends.base import Backend
 from .denoiser import Denoiser, Latents, Step
-from .media import load_photo, load_pose, photo_to_tensor, pose_to_tensor
+from .media import as_rate, load_photo, load_pose, photo_to_tensor, pose_to_tensor
 from .memory import MemoryPlan, plan_memory
 from .noise import NoiseSource
 from .reinit import reinitialised
@@ -32,6 +34,8 @@ __all__ = ["Animator", "Clip", "Request", "Run"]
 
 StepCallback = Callable[["Animator", int, int, dict[str, Any]], "dict[str, Any] | None"]
 ProgressCallback = Callable[[str, int, int], None]  # stage, done, total
+
+MAX_THREADS = 1024
 
 
 @dataclass(frozen=True)
@@ -88,10 +92,10 @@ class Animator:
         manifest = bundle.manifest
         if manifest.text is None:
             raise UsageError(f"The bundle {str(bundle.root)!r} was exported without its text encoder.")
-        if memory is not None and not memory > 0:
+        if memory is not None and not 0 < memory < math.inf:
             raise UsageError(f"--memory {memory} is not possible: give the budget in GB, a number above 0.")
         self.memory = memory
-        self.scheduler = SchedulerConfig.from_dict(manifest.scheduler)
+        self.scheduler = SchedulerConfig.from_dict(manifest.scheduler, source=str(bundle.root / MANIFEST_NAME))
         self._text = TextStage(bundle, backend, cache=cache)
         self._denoiser: Denoiser | None = None
         self._cancelled = threading.Event()
@@ -106,13 +110,15 @@ class Animator:
         threads: int | None = None,
         cache: bool = True,
     ) -> Animator:
-        """Opens a bundle folder. `backend`: auto or onnxruntime; `threads`: processor cores to use, default all.
+        """Opens a bundle folder. `backend`: auto or onnxruntime; `threads`: processor cores to use, 1 to 1024, default all.
 
         Raises:
             BundleError: the bundle is missing, damaged or of another version.
             DeviceError: the backend cannot run here.
-            UsageError: an unknown backend.
+            UsageError: an unknown backend, an impossible number of threads or budget.
         """
+        if threads is not None and not 1 <= threads <= MAX_THREADS:
+            raise UsageError(f"--threads {threads} is not possible: give a number from 1 to {MAX_THREADS}.")
         bundle = Bundle(path)
         if backend == "tensorrt":
             raise DeviceError("The TensorRT backend is not part of this version. Use --backend onnxruntime.")
@@ -170,8 +176,11 @@ class Animator:
             request.num_frames or manifest.defaults.frames,
         )
         if request.drop_prefix >= size.frames:
-            raise UsageError(f"--drop-prefix {request.drop_prefix} leaves nothing of {size.frames} frames.")
-        fps = Fraction(request.fps if request.fps is not None else manifest.defaults.fps).limit_denominator(100_000)
+            raise UsageError(
+                f"--drop-prefix {request.drop_prefix} leaves nothing of {size.frames} frames. "
+                f"Drop at most {size.frames - 1}, or make more with --frames."
+            )
+        fps = as_rate(request.fps if request.fps is not None else manifest.defaults.fps)
         plan = plan_memory(
             manifest,
             size,
@@ -181,11 +190,30 @@ class Animator:
             block=self._block_bytes(),
         )
         run = Run(request, size, fps, size.frames - request.drop_prefix, plan)
+        if plan.tiled and request.tiling == "auto":
+            run.notices.append(
+                "The VAE works in tiles to keep within --memory; the clip differs a little from one without."
+            )
         return run, self._frames(run, callback_on_step_end, progress or (lambda stage, done, total: None))
 
     def _block_bytes(self) -> int:
         files = self.bundle.manifest.files
-        return files["weights/block_00.safetensors"].bytes
+        name = "weights/block_00.safetensors"
+        if name not in files:
+            raise BundleError(f"The bundle {str(self.bundle.root)!r} lists no {name!r}. Export the checkpoint again.")
+        return files[name].bytes
+
+    def _verify(self, progress: ProgressCallback) -> None:
+        """Finds a damaged file before the work, not after hours of it.
+
+        The text encoder's files are left out: they are checked when they are used, and may be absent on a device whose
+        prompts are in the cache.
+        """
+        names = [name for name in self.bundle.manifest.files if not name.startswith("weights/text")]
+        for i, name in enumerate(names):
+            progress("verify", i, len(names))
+            self._check()
+            self.bundle.path(name)
 
     def _frames(self, run: Run, callback: StepCallback | None, progress: ProgressCallback) -> Iterator[np.ndarray]:
         request = run.request
@@ -193,7 +221,8 @@ class Animator:
         noise = NoiseSource(request.seed)
         with run.timed("media"):
             photo, pose = self._media(run)
-        self._check()
+        with run.timed("verify"):
+            self._verify(progress)
         with run.timed("text"):
             progress("text", 0, 1)
             prompts = [request.negative_prompt, request.prompt] if request.guided else [request.prompt]

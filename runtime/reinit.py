@@ -36,7 +36,7 @@ def reinitialised(
     alpha = float(alphas_cumprod(config)[timestep])
     diffused = np.sqrt(alpha) * image_latents + np.sqrt(1 - alpha) * initial
     fresh = noise.normal(initial.shape)
-    low = gaussian_low_pass(initial.shape[-3:])  # type: ignore[arg-type]
+    low = gaussian_low_pass(initial.shape[-3:])
     spectrum = _spectrum(diffused) * low + _spectrum(fresh) * (1 - low)
     mixed = np.fft.ifftn(np.fft.ifftshift(spectrum, axes=AXES), axes=AXES).real
     return mixed.astype(np.float32)

@@ -82,17 +82,17 @@ def test_a_plan_keeps_its_budget_or_names_one_that_works(rows: int, columns: int
 
 
 def test_more_memory_never_keeps_fewer_blocks() -> None:
-    kept = [plan(288, 512, 17, budget).resident_blocks for budget in (4, 6, 8, 12, 16, 24, 40)]
+    kept = [plan(64, 64, 17, budget).resident_blocks for budget in (4, 6, 8, 12, 16, 24, 40)]
     assert kept == sorted(kept)
     assert kept[-1] == 42
 
 
 def test_tiles_are_used_only_when_the_budget_needs_them() -> None:
-    assert not plan(768, 1360, 37, 1000).tiled
-    assert plan(768, 1360, 37, 30).tiled
-    assert plan(768, 1360, 37, None, tiling="on").tiled
+    assert not plan(512, 512, 9, 1000).tiled
+    assert plan(512, 512, 9, 30).tiled
+    assert plan(512, 512, 9, None, tiling="on").tiled
     with pytest.raises(DeviceError, match="--tiling on"):
-        plan(768, 1360, 37, 30, tiling="off")
+        plan(512, 512, 9, 30, tiling="off")
 
 
 def test_measured_peak_of_a_small_clip_stays_under_the_plan(bundle10: Path) -> None:

@@ -24,6 +24,7 @@ from dynamictrl_edge.bundle.config import TextConfig
 from dynamictrl_edge.bundle.errors import BundleError, InputError, Interrupted
 from dynamictrl_edge.bundle.precision import Precision
 from dynamictrl_edge.bundle.tensors import MappedTensors
+from dynamictrl_edge.export import components
 from dynamictrl_edge.export.checkpoint import Checkpoint
 from dynamictrl_edge.export.convert import Converter
 from dynamictrl_edge.export.recipe import Recipe
@@ -31,7 +32,6 @@ from dynamictrl_edge.export.text_encoder import (
     TORCH_DTYPES,
     TextBlock,
     check_text_config,
-    export_text,
     text_block_signature,
     text_layer_recipe,
     text_shared_recipe,
@@ -60,7 +60,10 @@ def exported() -> Workspace:
     """The text part of cogvideox10-tiny as the exporter writes it, float32."""
     source = Checkpoint(model_dir("cogvideox10-tiny"))
     workspace = Workspace(Path(FOLDER.name))
-    export_text(TINY, Converter(source.tensors("text_encoder"), "fp32"), workspace, lambda stage: None)
+    part = components.text_encoder(TINY, Converter(source.tensors("text_encoder"), "fp32"))
+    part.check()
+    part.write_weights(workspace, lambda stage: None)
+    part.graphs["text_block"](workspace)
     workspace.add_bytes("tokenizer.json", convert_tokenizer(source.folder("tokenizer")).encode())
     return workspace
 
@@ -291,7 +294,7 @@ def test_tokenizer_larger_than_the_embedding_is_refused() -> None:
 
 
 class Exported:
-    """Stands for a bundle: the files that `export_text` wrote."""
+    """Stands for a bundle: the files of the text part."""
 
     def __init__(self, workspace: Workspace):
         self.root = workspace.root

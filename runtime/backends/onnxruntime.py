@@ -60,6 +60,9 @@ class OnnxRuntimeBackend:
         options.log_severity_level = 3
         # Only the block is called often enough for waiting threads to be worth a busy core.
         options.add_session_config_entry("session.intra_op.allow_spinning", "1" if name == "block" else "0")
+        if name.startswith("vae_"):
+            # The arena keeps what it once had and fragments from chunk to chunk: twice the memory at the same speed.
+            options.enable_cpu_mem_arena = options.enable_mem_pattern = False
         if spec.weights is not None:
             # The model comes as bytes, so its external initializers are looked for here; the file has been verified.
             folder = self._bundle.path(spec.weights).parent

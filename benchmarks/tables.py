@@ -1,0 +1,92 @@
+"""Writes the tables of README.md from the receipts in `benchmarks/results/`.
+
+    python benchmarks/tables.py [--check]
+
+Each table stands between `<!-- NAME -->` and `<!-- end -->`. `--check` changes nothing and fails if a table
+does not match its receipt.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def exact_loop(receipt: dict[str, Any]) -> list[str]:
+    figures = receipt["figures"]
+    lines = [
+        f"Denoising loop, {receipt['settings']['steps']} steps, guidance {receipt['settings']['guidance']:g}, float32, against the "
+        "published computation in eager PyTorch, same weights and inputs, one process each, in turn "
+        f"(median of {receipt['settings']['rounds']}; {source(receipt, 'exact_loop')}):",
+        "",
+        "| model | tokens | PyTorch | ours | faster (min to max) | peak memory, PyTorch / ours | share of GEMM ceiling | difference |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for name, row in figures.items():
+        if not name.startswith("bench"):
+            continue
+        seconds, memory = row["seconds"], row["peak_rss_mb"]
+        lines.append(
+            f"| {row['parameters_m']:.0f} M, width {row['width']}, {row['blocks']} blocks | {row['video_tokens']} + {row['text_tokens']} "
+            f"| {seconds['a_median']:.2f} s | {seconds['b_median']:.2f} s | {row['latency_ratio']:.2f}× "
+            f"({seconds['ratio_min']:.2f} to {seconds['ratio_max']:.2f}) | {memory['torch']:.0f} / {memory['ours']:.0f} MB "
+            f"({row['rss_ratio']:.2f}) | {100 * row['share_of_gemm_ceiling']:.0f} % | {row['max_difference']:.1e} |"
+        )
+    ceiling = figures["gemm_ceiling_gflops"]["gflops"]
+    lines += [
+        "",
+        f"The ceiling, {ceiling:.0f} GFLOP/s, is this machine's best float32 matrix product among numpy, PyTorch and ONNX Runtime.",
+    ]
+    return lines
+
+
+def full_export(receipt: dict[str, Any]) -> list[str]:
+    figures = receipt["figures"]
+    copies = figures["copy_seconds"]
+    return [
+        f"Export of a full-size random checkpoint ({figures['parameters']['transformer'] / 1e9:.2f} B-parameter transformer, VAE and "
+        f"{receipt['settings']['t5_layers']} layers of T5-XXL, {figures['checkpoint_bytes'] / 1e9:.1f} GB, {receipt['settings']['precision']}): "
+        f"**{figures['export_seconds']:.0f} s** and **{figures['peak_rss_gb']:.2f} GB** peak memory; copying the same bytes takes "
+        f"{min(copies):.0f} to {max(copies):.0f} s here. The weights take {figures['weights_over_copy']:.1f}× the copy, tracing the graphs "
+        f"{figures['graphs_seconds']:.0f} s whatever the size ({source(receipt, 'full_export')}).",
+    ]
+
+
+TABLES: dict[str, Callable[[dict[str, Any]], list[str]]] = {"exact_loop": exact_loop, "full_export": full_export}
+
+
+def source(receipt: dict[str, Any], name: str) -> str:
+    machine = receipt["machine"]
+    return f"{machine.get('cpu', 'CPU')}, {machine.get('cores')} cores, `benchmarks/results/{name}.json`"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true")
+    check = parser.parse_args().check
+    path = ROOT / "README.md"
+    text = path.read_text()
+    changed = text
+    for name, table in TABLES.items():
+        receipt = json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())
+        body = "\n".join(table(receipt))
+        pattern = re.compile(rf"<!-- {name} -->\n.*?<!-- end -->|<!-- {name} -->", re.DOTALL)
+        changed = pattern.sub(lambda _, name=name, body=body: f"<!-- {name} -->\n{body}\n<!-- end -->", changed)  # type: ignore[misc]
+    if check:
+        if changed != text:
+            print("README.md does not match benchmarks/results/; run python benchmarks/tables.py", file=sys.stderr)
+            return 1
+        return 0
+    path.write_text(changed)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
