@@ -9,7 +9,7 @@ from pathlib import Path
 
 import click
 
-from ..bundle.errors import UsageError, from_os_error
+from ..bundle.errors import DeviceError, from_os_error
 from .animate import make
 from .console import json_option, note, print_json, verbose_option, working
 
@@ -31,7 +31,7 @@ def command(out: str, as_json: bool) -> None:
         from ..export.demo_checkpoint import write_demo_checkpoint
         from ..export.exporter import export_checkpoint
     except ImportError as error:
-        raise UsageError(
+        raise DeviceError(
             f"The demo exports a checkpoint first, which needs packages that are not installed ({error}). "
             'Install them: pip install "dynamictrl-edge[export]"'
         ) from error

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from ..bundle.errors import InputError, UsageError
+from ..bundle.errors import DeviceError, InputError
 from ..bundle.manifest import MANIFEST_NAME
 from ..bundle.precision import PRECISIONS
 from .console import json_option, note, print_json, verbose_option, working
@@ -43,7 +43,7 @@ def command(
     try:
         from ..export.exporter import export_checkpoint
     except ImportError as error:
-        raise UsageError(
+        raise DeviceError(
             f'Exporting needs packages that are not installed ({error}). Install them: pip install "dynamictrl-edge[export]"'
         ) from error
     with working(as_json) as progress:

@@ -8,6 +8,7 @@ import importlib
 import json
 import os
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -570,6 +571,17 @@ def test_a_missing_package_is_named(
 
     monkeypatch.setattr(importlib, "import_module", importing)
     refused(capsys, out, animate(bundle10, inputs, out / "clip.mp4"), 5, "'av' is not installed", "dynamictrl doctor")
+
+
+@pytest.mark.parametrize(
+    "arguments", [["export", "checkpoint", "{out}/bundle"], ["demo", "--out", "{out}/new/demo.mp4"]]
+)
+def test_exporting_without_its_packages_names_the_command_that_installs_them(
+    arguments: list[str], out: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    monkeypatch.setitem(sys.modules, "dynamictrl_edge.export.exporter", None)  # importing it fails
+    arguments = [argument.format(out=out) for argument in arguments]
+    refused(capsys, out, arguments, 5, "not installed", 'pip install "dynamictrl-edge[export]"')
 
 
 def test_an_unexpected_error_is_one_paragraph_with_a_trace_on_demand(

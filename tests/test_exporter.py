@@ -65,13 +65,19 @@ for checkpoint, folder, precision in zip(*[iter(sys.argv[1:])] * 3):
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _beside(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[], Path]]:
+def _beside(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Callable[[], Path] | None]:
     """Exports in a process of its own, begun before the first test: the 1.0 model once more, the 1.5 model in bf16."""
+    wanted = {"bundle10_again", "bundle15_bf16"}
+    if not any(wanted.intersection(getattr(item, "fixturenames", ())) for item in request.session.items):
+        yield None
+        return
     folder = tmp_path_factory.mktemp("beside")
-    jobs = [[str(MODEL), "again", "fp32"], [str(model_dir("cogvideox15-tiny")), "bf16", "bf16"]]
+    jobs = [str(MODEL), "again", "fp32", str(model_dir("cogvideox15-tiny")), "bf16", "bf16"]
     environment = {**os.environ, "PYTHONHASHSEED": "4", "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
-        [sys.executable, "-c", EXPORT, *sum(jobs, [])], cwd=folder, env=environment, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-c", EXPORT, *jobs], cwd=folder, env=environment, stderr=subprocess.PIPE, text=True
     )
 
     def finished() -> Path:
@@ -370,15 +376,18 @@ def test_a_stored_table_has_one_default_size(learned_checkpoint: Path, out: Path
 # --- the output place
 
 
-@pytest.mark.usefixtures("no_graphs")
-def test_an_existing_folder_is_refused_unless_it_is_empty_or_to_be_replaced(
-    out: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def empty_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Exports without graphs: weights, tokenizer and manifest."""
+    monkeypatch.setattr(components, "VAE_GRAPHS", ())
+    monkeypatch.setattr(components, "trace", lambda *_, **__: None)
+    monkeypatch.setattr(components.Workspace, "add_graph", lambda *_, **__: None)
+
+
+@pytest.mark.usefixtures("empty_graphs")
+def test_an_existing_folder_is_refused_unless_it_is_empty_or_to_be_replaced(out: Path) -> None:
     bundle = out / "bundle"
     bundle.mkdir()
-    for name in ("trace", "export_vae_graph"):
-        monkeypatch.setattr(components, name, stub_graph)
-    monkeypatch.setattr(components.Workspace, "add_graph", lambda *_, **__: None)
     first = export_checkpoint(MODEL, bundle)
     assert read_manifest(bundle) == first
     refused(MODEL, out, "is not empty. Remove it, or give another name")
@@ -387,10 +396,6 @@ def test_an_existing_folder_is_refused_unless_it_is_empty_or_to_be_replaced(
     assert read_manifest(bundle) == second != first
     assert not (bundle / "stale").exists()
     assert sorted(path.name for path in out.iterdir()) == ["bundle", "other.txt"]
-
-
-def stub_graph(*_: object, **__: object) -> GraphInfo:
-    return GraphInfo("", Path("."), (), (), "")
 
 
 @pytest.mark.usefixtures("no_graphs")
@@ -429,11 +434,8 @@ def test_an_output_place_that_cannot_be_used_is_refused_before_any_work(out: Pat
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), RuntimeError("an operator is unknown"), MemoryError()])
 @pytest.mark.parametrize("where", ["add_bytes", "add_weights", "add_graph"])
 def test_nothing_remains_whatever_ends_the_export(
-    where: str, error: BaseException, out: Path, monkeypatch: pytest.MonkeyPatch
+    where: str, error: BaseException, out: Path, empty_graphs: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in ("trace", "export_vae_graph"):
-        monkeypatch.setattr(components, name, stub_graph)
-
     def interrupted(*_: object, **__: object) -> None:
         raise error
 
@@ -686,7 +688,9 @@ def test_the_weights_of_a_bundle_are_those_of_the_checkpoint(bundle10: Path) -> 
 
 
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
-def test_a_precision_is_that_of_all_weights_and_graphs(precision: Precision, request: pytest.FixtureRequest) -> None:
+def test_a_precision_is_that_of_all_weights_and_graphs(
+    precision: Precision, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
     bundle = Bundle(request.getfixturevalue(f"bundle15_{precision}"))
     assert bundle.manifest.precision == precision
     bundle.verify()
@@ -705,8 +709,11 @@ def test_a_precision_is_that_of_all_weights_and_graphs(precision: Precision, req
         onnx.checker.check_model(model, full_check=True)
         kinds = {value.type.tensor_type.elem_type for value in model.graph.input}
         assert onnx.TensorProto.DataType.Value({"fp16": "FLOAT16", "bf16": "BFLOAT16"}[precision]) in kinds
-    for name in VAE:
-        onnx.checker.check_model(bundle.root / "graphs" / f"{name}.onnx") if precision == "x" else None
+    for name in VAE:  # the checker looks for external initializers beside the graph
+        spec = bundle.manifest.graphs[name]
+        shutil.copy(bundle.path(spec.file), tmp_path)
+        shutil.copy(bundle.path(str(spec.weights)), tmp_path)
+        onnx.checker.check_model(tmp_path / f"{name}.onnx", full_check=True)
 
 
 @pytest.mark.parametrize("name", ["pipeline15_nocfg_f9", "pipeline15_cfg3_f13"])
@@ -732,13 +739,16 @@ def test_an_fp16_bundle_animates_near_the_published_float32(name: str, bundle15_
     )
     wanted = golden["decoder_input"][0].transpose(1, 0, 2, 3) * np.float32(0.7)
     error = relative_rms(clip.latents, wanted)
+    print(
+        name, error, np.abs(clip.frames.astype(int) - golden["frames_u8"][: settings["num_frames"]].astype(int)).max()
+    )
     assert 1e-5 < error < 5e-3  # measured:
     frames = golden["frames_u8"][: settings["num_frames"]].astype(int)
     assert np.abs(clip.frames.astype(int) - frames).max() <= 4
 
 
 def test_a_bf16_bundle_says_what_to_do_on_a_cpu(bundle15_bf16: Path) -> None:
-    with pytest.raises(DeviceError, match="bf16.*Export it with --precision fp32") as caught:
+    with pytest.raises(DeviceError, match=r"bf16.*Export it with --precision fp32") as caught:
         Animator.from_bundle(bundle15_bf16)
     assert caught.value.exit_code == 5
     assert str(bundle15_bf16) in str(caught.value)
