@@ -298,6 +298,7 @@ class Animator:
         if self._denoiser is None:
             self._denoiser = Denoiser(self.bundle, self.backend)
         self._denoiser.resident_blocks = run.plan.resident_blocks
+        self._denoiser.side_by_side = run.plan.budget is None
         progress("denoise", 0, len(schedule))
         steps = self._denoiser.denoise(
             latents, initial, schedule, request.guidance_scale, noise, run.geometry.grid, self._check

@@ -5,7 +5,10 @@ Buffers are allocated once per request; inside the loop nothing is, and numpy on
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import closing
 from dataclasses import dataclass
 
 import numpy as np
@@ -80,7 +83,11 @@ class Denoiser:
     """The transformer of one bundle, ready to denoise clips of any size that it can make."""
 
     def __init__(self, bundle: Bundle, backend: Backend):
-        """Maps the weights; nothing is read yet."""
+        """Maps the weights; nothing is read yet.
+
+        `side_by_side`: whether guidance halves may run at once where the backend gains from it.
+        """
+        self.side_by_side = True
         self.config: TransformerConfig = bundle.manifest.transformer
         self._backend = backend
         self._bundle = bundle
@@ -104,7 +111,6 @@ class Denoiser:
                 table[:, i] = graph({**feeds, **weights})["table"]
                 weights.release()  # needed once per schedule only
             head = self._backend.graph("head_modulation")(feeds)["table"]
-            self._backend.drop("modulation", "head_modulation")
             self._tables = (key, table, head)
         return self._tables[1], self._tables[2]
 
@@ -140,13 +146,13 @@ class Denoiser:
         `initial`: [1, F, C, H, W] float32 pure noise. `check` is called between blocks and may raise to cancel.
         """
         blocks, head = self.modulation(schedule)
-        loop = _Loop(self, latents, initial, grid)
-        for index, (timestep, step) in enumerate(zip(schedule.timesteps, schedule.steps, strict=True)):
-            loop.run_blocks(blocks[index], check)
-            for _ in range(step.draws):
-                fresh = noise.normal(initial.shape)  # of two draws the published scheduler uses the second
-            loop.run_head(head[index], guidance, step.as_array(), fresh)
-            yield Step(index, int(timestep), loop.latents, loop.prediction)
+        with closing(_Loop(self, latents, initial, grid)) as loop:
+            for index, (timestep, step) in enumerate(zip(schedule.timesteps, schedule.steps, strict=True)):
+                loop.run_blocks(blocks[index], check)
+                for _ in range(step.draws):
+                    fresh = noise.normal(initial.shape)  # of two draws the published scheduler uses the second
+                loop.run_head(head[index], guidance, step.as_array(), fresh)
+                yield Step(index, int(timestep), loop.latents, loop.prediction)
 
     @property
     def resident_blocks(self) -> int:
@@ -191,32 +197,35 @@ class _Loop:
         stem_video = np.empty((1, tokens, d), dtype)
         video = [np.empty((batch, tokens, d), dtype) for _ in range(2)]
         texts = [np.empty_like(text) for _ in range(2)]
-        poses = [np.empty_like(pose) for _ in range(2)]
         self._stem = backend.graph("stem").prepare(
             {"latents": self.latents, "image_tokens": conditions["image_tokens"], "video": stem_video, **shared}
         )
-        # The halves run one after the other: half the activations, and they stay in the caches of a CPU.
-        self._calls: list[list[Call]] = []
-        block = backend.graph("block")
-        for i in range(len(self._blocks)):
-            source, target = i % 2, (i + 1) % 2
-            self._calls.append(
+        # Each guidance half is a row of calls at batch 1. Side by side, each on its share of the cores, they need no
+        # barrier between operators; one after the other they need the activations of one.
+        self.lanes = min(batch, backend.lanes) if denoiser.side_by_side else 1
+        self._pool = ThreadPoolExecutor(self.lanes - 1, "denoiser") if self.lanes > 1 else None
+        self._halves: list[list[Call]] = []
+        for h in range(batch):
+            block = backend.graph("block", h % self.lanes, self.lanes)
+            poses = [np.empty_like(pose) for _ in range(2)]
+            half = slice(h, h + 1)
+            self._halves.append(
                 [
                     block.prepare(
                         {
-                            "video": video[source][h : h + 1] if i else stem_video,
-                            "text": (texts[source] if i else text)[h : h + 1],
-                            "pose": poses[source] if i else pose,
+                            "video": video[i % 2][half] if i else stem_video,
+                            "text": (texts[i % 2] if i else text)[half],
+                            "pose": poses[i % 2] if i else pose,
                             "modulation": self._row[i],
                             "rope_cos": cos,
                             "rope_sin": sin,
-                            "video_out": video[target][h : h + 1],
-                            "text_out": texts[target][h : h + 1],
-                            "pose_out": poses[target],
+                            "video_out": video[(i + 1) % 2][half],
+                            "text_out": texts[(i + 1) % 2][half],
+                            "pose_out": poses[(i + 1) % 2],
                             **self._blocks[i],
                         }
                     )
-                    for h in range(batch)
+                    for i in range(len(self._blocks))
                 ]
             )
         self._head = backend.graph("head").prepare(
@@ -238,12 +247,45 @@ class _Loop:
         """Stem and all blocks; `rows` [layers, 15, D]."""
         np.copyto(self._row, rows)
         self._stem()
-        for i, halves in enumerate(self._calls):
+        if self._pool is None:
+            self._take_turns(check)
+        else:
+            self._side_by_side(check)
+
+    def _take_turns(self, check: Callable[[], None]) -> None:
+        for i, calls in enumerate(zip(*self._halves, strict=True)):
             check()
             self._blocks.ahead(i)
-            for call in halves:
+            for call in calls:
                 call()
             self._blocks.done(i)
+
+    def _side_by_side(self, check: Callable[[], None]) -> None:
+        stop = threading.Event()
+
+        def run(calls: list[Call]) -> None:
+            for call in calls:
+                if stop.is_set():
+                    return
+                check()
+                call()
+
+        if self._pool is None:
+            raise RuntimeError("no lanes to run side by side")
+        others = [self._pool.submit(run, calls) for calls in self._halves[1:]]
+        try:
+            run(self._halves[0])
+        except BaseException:
+            stop.set()  # an interruption reaches this thread only: the others must not go on into freed buffers
+            wait(others)
+            raise
+        for other in others:
+            other.result()
+
+    def close(self) -> None:
+        """Ends the threads."""
+        if self._pool is not None:
+            self._pool.shutdown()
 
     def run_head(self, row: np.ndarray, guidance: float, coefficients: np.ndarray, noise: np.ndarray) -> None:
         """Head, guidance and the scheduler's update; `self.latents` holds the result."""

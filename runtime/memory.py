@@ -1,7 +1,7 @@
 """What a clip needs in memory on the CPU, stage by stage, and what to do with a budget.
 
 The stages take turns, so the peak is the largest of them. The counts are of buffers that the runtime or ONNX Runtime
-really allocates (see `docs/memory.md` for the check against measured peaks); the planner for GPUs counts device memory.
+really allocates (a test holds a clip's measured peak against the plan); the planner for GPUs counts device memory.
 """
 
 from __future__ import annotations
@@ -59,6 +59,8 @@ def plan_memory(
         loop += 2 * block  # a float32 copy of the block at hand
     stages = {"text": PROCESS + text_bytes(manifest), "vae": PROCESS + decode, "denoise": PROCESS + loop + 2 * block}
     if limit is None:
+        # Without a limit the guidance halves run side by side.
+        loop += (halves - 1) * block_activations(manifest.transformer, size)
         stages["denoise"] = PROCESS + loop + layers * block
         return MemoryPlan(None, stages, layers, tiled)
     if (least := max(stages.values())) > limit:
@@ -82,13 +84,17 @@ def plan_memory(
 
 def loop_bytes(config: TransformerConfig, size: Geometry, halves: int) -> int:
     """Buffers of the denoising loop and the block's activations at batch 1, without weights."""
-    d, n = config.width, size.video_tokens
-    s = n + config.max_text_seq_length
-    streams = (2 * halves + 1 + 1 + 3) * n * d  # video twice per half, stem, photo tokens, pose and its two buffers
-    scores = 2 * config.num_attention_heads * s * s  # query-key products and their softmax
-    block = max(scores + 6 * s * d, 10 * s * d)  # attention, or feed-forward with its two inner maps
+    # Per half: video twice and pose twice; once: stem, photo tokens, pose.
+    streams = (4 * halves + 3) * size.video_tokens * config.width
     latents = 6 * size.latent_frames * config.latent_channels * size.latent_height * size.latent_width
-    return FLOAT * (streams + block + latents)
+    return FLOAT * (streams + latents) + block_activations(config, size)
+
+
+def block_activations(config: TransformerConfig, size: Geometry) -> int:
+    """Bytes that one call of the block needs beside its inputs, outputs and weights."""
+    s, d = size.video_tokens + config.max_text_seq_length, config.width
+    scores = 2 * config.num_attention_heads * s * s  # query-key products and their softmax
+    return FLOAT * max(scores + 6 * s * d, 10 * s * d)  # attention, or feed-forward with its two inner maps
 
 
 def vae_bytes(vae: VaeConfig, size: Geometry, height: int, width: int) -> int:

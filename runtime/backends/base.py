@@ -37,9 +37,10 @@ class Backend(Protocol):
     """A way to execute the graphs of one bundle."""
 
     name: str
+    lanes: int  # how many graphs gain from running at once, each on its share of the processor; 1: they take turns
 
-    def graph(self, name: str) -> Graph:
-        """Loads a graph, or returns it if it is loaded already."""
+    def graph(self, name: str, lane: int = 0, lanes: int = 1) -> Graph:
+        """Loads a graph, or returns it if it is loaded already. Graphs of different lanes may run at the same time."""
 
     def drop(self, *names: str) -> None:
         """Frees graphs and their memory; `graph` loads them again."""

@@ -41,21 +41,22 @@ class OnnxRuntimeBackend:
         self._ort = onnxruntime
         self._bundle = bundle
         self._threads = threads or _cores()
-        self._graphs: dict[str, OrtGraph] = {}
+        self.lanes = min(2, self._threads)
+        self._graphs: dict[tuple[str, int, int], OrtGraph] = {}
 
-    def graph(self, name: str) -> OrtGraph:
-        if name not in self._graphs:
-            self._graphs[name] = self._load(name)
-        return self._graphs[name]
+    def graph(self, name: str, lane: int = 0, lanes: int = 1) -> OrtGraph:
+        key = (name, lane, lanes)
+        if key not in self._graphs:
+            self._graphs[key] = self._load(name, max(1, self._threads // lanes))
+        return self._graphs[key]
 
     def drop(self, *names: str) -> None:
-        for name in names:
-            self._graphs.pop(name, None)
+        self._graphs = {key: graph for key, graph in self._graphs.items() if key[0] not in names}
 
-    def _load(self, name: str) -> OrtGraph:
+    def _load(self, name: str, threads: int) -> OrtGraph:
         spec, model = self._bundle.graph(name)
         options = self._ort.SessionOptions()
-        options.intra_op_num_threads = self._threads
+        options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
         options.log_severity_level = 3
         # Only the block is called often enough for waiting threads to be worth a busy core.
