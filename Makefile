@@ -19,10 +19,12 @@ test: .venv/test.stamp
 .venv/bin/python:
 	$(PYTHON) -m venv .venv
 
-.venv/demo.stamp: .venv/bin/python pyproject.toml constraints.txt
-	$(PIP) -e ".[export]"
+SOURCES = pyproject.toml constraints.txt $(shell find bundle cli export package runtime -name '*.py')
+
+.venv/demo.stamp: .venv/bin/python $(SOURCES)
+	$(PIP) ".[export]"
 	touch $@
 
-.venv/test.stamp: .venv/bin/python pyproject.toml constraints.txt
-	$(PIP) -e ".[export,dev]"
+.venv/test.stamp: .venv/bin/python $(SOURCES)
+	$(PIP) ".[export,dev]"
 	touch $@
