@@ -52,13 +52,15 @@ def _quiet() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def trace(module: torch.nn.Module, signature: Signature, *, name: str) -> onnx.ModelProto:
+def trace(module: torch.nn.Module, signature: Signature, *, name: str, device: str = "meta") -> onnx.ModelProto:
     """Exports `module` with the given signature to an ONNX model (opset 20) whose dynamic axes carry our names.
 
-    Traced on the meta device: no weight is allocated. Raises `RuntimeError` if an axis that must stay dynamic was
-    specialised by the trace, which would make a graph that silently accepts one size only.
+    Traced on the meta device: no weight is allocated. (`device` "cpu" is for modules with operators that exist in ONNX
+    only, which PyTorch places there; the arguments are never touched, so they cost no memory either.) Raises
+    `RuntimeError` if an axis that must stay dynamic was specialised by the trace, which would make a graph that silently
+    accepts one size only.
     """
-    with torch.device("meta"):
+    with torch.device(device):
         arguments = tuple(
             torch.empty([signature.sizes[n] if isinstance(n, str) else n for n in shape], dtype=dtype)
             for _, dtype, shape in signature.inputs

@@ -15,6 +15,8 @@ Axes: B guidance halves, T timesteps, L text tokens, N video tokens, S = L + N, 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -22,7 +24,7 @@ from torch import Tensor, nn
 from ..bundle.config import TransformerConfig
 from .trace import Signature
 
-__all__ = ["GRAPHS", "ROWS", "Formats", "graph_modules"]
+__all__ = ["CPU_BLOCK", "GRAPHS", "ROWS", "Formats", "graph_modules"]
 
 # Rows of a block's modulation table: (scale, shift, gate) of each norm.
 ROWS = ("video_1", "text_1", "pose", "video_2", "text_2")
@@ -202,9 +204,9 @@ class Block(nn.Module):
         text_in = norm(text, rows[3], rows[4], eps)
         qkv = linear(torch.cat([text_in, video_in], dim=1).to(c), qkv_weight, qkv_bias)  # [B, S, 3D]
         q, k, v = qkv.split(self.config.width, dim=-1)
-        q = self._rotated(q, q_norm_weight, q_norm_bias, rope_cos, rope_sin)
-        k = self._rotated(k, k_norm_weight, k_norm_bias, rope_cos, rope_sin)
-        attended = linear(self._attention(q, k, self._heads(v).transpose(1, 2)), out_weight, out_bias)
+        q = norm(self._heads(q), q_norm_weight, q_norm_bias, 1e-6)  # per head, [B, S, heads, head_dim] float32
+        k = norm(self._heads(k), k_norm_weight, k_norm_bias, 1e-6)
+        attended = linear(self._attention(q, k, v, rope_cos, rope_sin), out_weight, out_bias)
         text = text.float() + rows[5] * attended[:, :length].float()
         video = video.float() + rows[2] * attended[:, length:].float()
 
@@ -219,20 +221,44 @@ class Block(nn.Module):
         """[B, S, D] -> [B, S, heads, head_dim]"""
         return x.reshape(x.shape[0], x.shape[1], self.config.num_attention_heads, self.config.attention_head_dim)
 
-    def _rotated(self, x: Tensor, weight: Tensor, bias: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """Per-head LayerNorm (eps 1e-6) and rotary embedding of two halves, [B, S, D] -> [B, heads, S, head_dim]."""
-        x = norm(self._heads(x), weight, bias, 1e-6)
+    def _attention(self, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """Rotary attention: q, k [B, S, heads, head_dim], v [B, S, D] -> [B, S, D]; spelled out, so that compilers fuse it."""
+        q, k = self._rotated(q, cos, sin), self._rotated(k, cos, sin)
+        v = self._heads(v).transpose(1, 2)
+        probabilities = torch.softmax((q @ k.transpose(2, 3)).float(), dim=-1).to(v.dtype)
+        x = (probabilities @ v).transpose(1, 2)
+        return x.reshape(x.shape[0], x.shape[1], self.config.width)
+
+    def _rotated(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """Rotary embedding of two halves, [B, S, heads, head_dim] -> [B, heads, S, head_dim]."""
         half = self.config.attention_head_dim // 2
         first, second = x[..., :half], x[..., half:]
         cos, sin = cos[:, None], sin[:, None]
         x = torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
         return x.to(self.formats.compute).transpose(1, 2)
 
-    def _attention(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """[B, heads, S, head_dim] each -> [B, S, D]; spelled out, so that compilers find and fuse it."""
-        probabilities = torch.softmax((q @ k.transpose(2, 3)).float(), dim=-1).to(v.dtype)
-        x = (probabilities @ v).transpose(1, 2)
-        return x.reshape(x.shape[0], x.shape[1], self.config.width)
+
+class CpuBlock(Block):
+    """The same block in ONNX Runtime's own operators, whose attention never holds a score matrix on a CPU.
+
+    ONNX Runtime fuses attention only from these (domain com.microsoft, float32). No other runtime knows them, so the
+    bundle holds this graph beside the portable one.
+    """
+
+    def _attention(self, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        position = torch.zeros(1, dtype=torch.int64)  # rows of the tables count from the first token
+        q, k = (
+            _runtime_operator("RotaryEmbedding", (x.reshape(v.shape), position, cos, sin), {}, like=v) for x in (q, k)
+        )
+        attributes = {"num_heads": self.config.num_attention_heads, "scale": 1.0}
+        return _runtime_operator("MultiHeadAttention", (q, k, v), attributes, like=v)
+
+
+def _runtime_operator(name: str, inputs: tuple[Tensor, ...], attributes: dict[str, Any], *, like: Tensor) -> Tensor:
+    """A node of an operator that only ONNX Runtime has; the result has the type and shape of `like`."""
+    return torch.onnx.ops.symbolic(
+        f"com.microsoft::{name}", inputs, attributes, dtype=like.dtype, shape=like.shape, version=1
+    )
 
 
 class Head(nn.Module):
@@ -275,6 +301,7 @@ class Head(nn.Module):
 
 
 GRAPHS = ("modulation", "head_modulation", "conditioning", "stem", "block", "head")
+CPU_BLOCK = "block_cpu"
 
 
 def graph_modules(config: TransformerConfig, precision: str) -> dict[str, tuple[nn.Module, Signature]]:
@@ -394,4 +421,7 @@ def graph_modules(config: TransformerConfig, precision: str) -> dict[str, tuple[
         "block": Block(config, formats),
         "head": Head(config, formats),
     }
-    return {name: (modules[name], signatures[name]) for name in GRAPHS}
+    made = {name: (modules[name], signatures[name]) for name in GRAPHS}
+    if precision == "fp32":
+        made[CPU_BLOCK] = (CpuBlock(config, formats), signatures["block"])
+    return made

@@ -189,6 +189,14 @@ def tensors(component: str, change: Callable[[Tensors], object]) -> Callable[[Pa
     return lambda checkpoint: edit_tensors(checkpoint, component, change)
 
 
+def without(name: str) -> Callable[[Tensors], object]:
+    return lambda found: found.pop(name)
+
+
+def made(name: str, change: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[Tensors], object]:
+    return lambda found: found.update({name: change(found[name])})
+
+
 def pickled(component: str) -> Callable[[Path], None]:
     def change(checkpoint: Path) -> None:
         (checkpoint / component / WEIGHTS[component]).unlink()
@@ -255,14 +263,14 @@ EARLY: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
     ),
     **{
         f"{component}-missing-tensor": (
-            tensors(component, lambda t, name=name: t.pop(name)),
+            tensors(component, without(name)),
             ("lacks the tensor", name),
         )
         for component, name in LAST.items()
     },
     **{
         f"{component}-shape": (
-            tensors(component, lambda t, name=name: t.update({name: t[name][:-1]})),
+            tensors(component, made(name, lambda tensor: tensor[:-1])),
             (repr(name), "its config asks for", "do not belong to this config"),
         )
         for component, name in LAST.items()
@@ -276,7 +284,7 @@ EARLY: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
     },
     **{
         f"{component}-integers": (
-            tensors(component, lambda t, name=name: t.update({name: t[name].to(torch.int8)})),
+            tensors(component, made(name, lambda tensor: tensor.to(torch.int8))),
             (repr(name), "I8", "floating-point"),
         )
         for component, name in LAST.items()
@@ -310,7 +318,7 @@ EARLY: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
     "no-text-layers": (config("text_encoder", num_layers=0), ("text_encoder/config.json", "num_layers")),
     "scheduler-kind": (config("scheduler", prediction_type="epsilon"), ("scheduler_config.json", "prediction_type")),
     "no-vocabulary": (
-        lambda c: [(c / "tokenizer" / name).unlink() for name in ("spiece.model", "tokenizer.json")],
+        lambda c: [removed("tokenizer", name)(c) for name in ("spiece.model", "tokenizer.json")],
         ("spiece.model",),
     ),
 }
@@ -739,12 +747,9 @@ def test_an_fp16_bundle_animates_near_the_published_float32(name: str, bundle15_
     )
     wanted = golden["decoder_input"][0].transpose(1, 0, 2, 3) * np.float32(0.7)
     error = relative_rms(clip.latents, wanted)
-    print(
-        name, error, np.abs(clip.frames.astype(int) - golden["frames_u8"][: settings["num_frames"]].astype(int)).max()
-    )
-    assert 1e-5 < error < 5e-3  # measured:
+    assert 1e-5 < error < 3e-3  # 7e-4 without guidance, 1e-3 with it
     frames = golden["frames_u8"][: settings["num_frames"]].astype(int)
-    assert np.abs(clip.frames.astype(int) - frames).max() <= 4
+    assert np.abs(clip.frames.astype(int) - frames).max() <= 2
 
 
 def test_a_bf16_bundle_says_what_to_do_on_a_cpu(bundle15_bf16: Path) -> None:

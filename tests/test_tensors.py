@@ -84,7 +84,10 @@ def test_the_reference_library_reads_our_files(folder: Path, tensors: dict[str, 
 
 
 @settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@given(arrays(REFERENCE_DTYPES), st.none() | st.dictionaries(st.text("abc", min_size=1), st.text("xyz"), min_size=1, max_size=2))
+@given(
+    arrays(REFERENCE_DTYPES),
+    st.none() | st.dictionaries(st.text("abc", min_size=1), st.text("xyz"), min_size=1, max_size=2),
+)
 def test_we_read_the_reference_librarys_files(
     folder: Path, tensors: dict[str, tuple[str, np.ndarray]], metadata: dict[str, str] | None
 ) -> None:

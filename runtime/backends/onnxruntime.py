@@ -14,6 +14,8 @@ from ...bundle.store import Bundle
 
 __all__ = ["OnnxRuntimeBackend"]
 
+# Graphs that float32 bundles hold in ONNX Runtime's own operators beside the portable form; the interface is the same.
+OWN_GRAPHS = {"block": "block_cpu"}
 NUMPY = {"float": np.float32, "float16": np.float16, "int64": np.int64}
 
 
@@ -50,11 +52,14 @@ class OnnxRuntimeBackend:
             self._graphs[key] = self._load(name, max(1, self._threads // lanes))
         return self._graphs[key]
 
+    def _has_own(self, name: str) -> bool:
+        return OWN_GRAPHS.get(name) in self._bundle.manifest.graphs
+
     def drop(self, *names: str) -> None:
         self._graphs = {key: graph for key, graph in self._graphs.items() if key[0] not in names}
 
     def _load(self, name: str, threads: int) -> OrtGraph:
-        spec, model = self._bundle.graph(name)
+        spec, model = self._bundle.graph(OWN_GRAPHS[name] if self._has_own(name) else name)
         options = self._ort.SessionOptions()
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
