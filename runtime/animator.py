@@ -21,7 +21,7 @@ from ..bundle.store import Bundle
 from .backends.base import Backend
 from .denoiser import Denoiser, Latents, Step
 from .media import as_rate, load_photo, load_pose, photo_to_tensor, pose_to_tensor
-from .memory import MemoryPlan, plan_memory
+from .memory import MemoryPlan, physical_memory, plan_memory
 from .noise import NoiseSource
 from .reinit import reinitialised
 from .request import Request
@@ -188,11 +188,12 @@ class Animator:
             tiling=request.tiling,
             budget=self.memory,
             block=self._block_bytes(),
+            physical=physical_memory(),
         )
         run = Run(request, size, fps, size.frames - request.drop_prefix, plan)
         if plan.tiled and request.tiling == "auto":
             run.notices.append(
-                "The VAE works in tiles to keep within --memory; the clip differs a little from one without."
+                "The VAE works in tiles to keep within the memory; the clip differs a little from one without."
             )
         return run, self._frames(run, callback_on_step_end, progress or (lambda stage, done, total: None))
 

@@ -149,9 +149,9 @@ class Denoiser:
         with closing(_Loop(self, latents, initial, grid)) as loop:
             for index, (timestep, step) in enumerate(zip(schedule.timesteps, schedule.steps, strict=True)):
                 loop.run_blocks(blocks[index], check)
-                for _ in range(step.draws):
-                    fresh = noise.normal(initial.shape)  # of two draws the published scheduler uses the second
-                loop.run_head(head[index], guidance, step.as_array(), fresh)
+                for _ in range(step.draws - 1):
+                    noise.skip(initial.shape)  # of two draws the published scheduler uses the second
+                loop.run_head(head[index], guidance, step.as_array(), noise.normal(initial.shape))
                 yield Step(index, int(timestep), loop.latents, loop.prediction)
 
     @property

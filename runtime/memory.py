@@ -6,13 +6,14 @@ really allocates (a test holds a clip's measured peak against the plan); the pla
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 
 from ..bundle.config import Geometry, TransformerConfig, VaeConfig
 from ..bundle.errors import DeviceError
 from ..bundle.manifest import Manifest
 
-__all__ = ["MemoryPlan", "plan_memory"]
+__all__ = ["MemoryPlan", "physical_memory", "plan_memory"]
 
 GB = 1e9
 PROCESS = 140_000_000  # Python, numpy, PyAV and ONNX Runtime, measured after a first small clip
@@ -20,6 +21,7 @@ FLOAT = 4  # ONNX Runtime computes fp16 graphs in float32 on the CPU
 # Full-resolution feature maps that live at once in the decoder's last level under ONNX Runtime, which fuses little: 16 to
 # 22 of as many channels as enter that level were measured (channels 8 to 64, 128 to 512 pixels, 3 to 17 latent frames).
 VAE_MAPS = 24
+SHARE = 0.8  # of the machine's memory may be used without being asked
 
 
 @dataclass(frozen=True)
@@ -37,32 +39,40 @@ class MemoryPlan:
 
 
 def plan_memory(
-    manifest: Manifest, size: Geometry, *, halves: int, tiling: str, budget: float | None, block: int
+    manifest: Manifest,
+    size: Geometry,
+    *,
+    halves: int,
+    tiling: str,
+    budget: float | None,
+    block: int,
+    physical: int | None = None,
 ) -> MemoryPlan:
     """Decides how many blocks stay resident and whether the VAE works in tiles.
 
     Args:
-        halves: 2 under guidance, else 1. budget: GB (1e9 bytes) for the process, None for no limit.
+        halves: 2 under guidance, else 1. budget: GB (1e9 bytes) for the process. None: no limit, as long as the clip needs
+            at most `SHARE` of `physical`, the machine's memory in bytes (None: unknown); else that share is the budget.
         block: bytes of one block's weights.
 
     Raises:
         DeviceError: the clip does not fit; the text gives the smallest budget that works and what else to change.
     """
     layers = manifest.transformer.num_layers
+    fused = "block_cpu" in manifest.graphs
     limit = None if budget is None else int(budget * GB)
+    if limit is None and physical is not None:
+        free = _unlimited(manifest, size, halves, tiling == "on", block, fused)
+        limit = None if free.peak <= SHARE * physical else int(SHARE * physical)
+    if limit is None:
+        return _unlimited(manifest, size, halves, tiling == "on", block, fused)
+    place = f"--memory {budget:g}" if budget is not None else f"the {limit / GB:.1f} GB that this machine can spare"
     whole = vae_bytes(manifest.vae, size, size.height, size.width)
     tile = vae_bytes(manifest.vae, size, *_tile(manifest.vae, size))
-    tiled = tiling == "on" or (tiling == "auto" and limit is not None and PROCESS + whole > limit)
+    tiled = tiling == "on" or (tiling == "auto" and PROCESS + whole > limit)
     decode = tile if tiled else whole
-    loop = loop_bytes(manifest.transformer, size, halves)
-    if manifest.precision == "fp16":
-        loop += 2 * block  # a float32 copy of the block at hand
+    loop = loop_bytes(manifest, size, halves, block) + block_activations(manifest.transformer, size, fused)
     stages = {"text": PROCESS + text_bytes(manifest), "vae": PROCESS + decode, "denoise": PROCESS + loop + 2 * block}
-    if limit is None:
-        # Without a limit the guidance halves run side by side.
-        loop += (halves - 1) * block_activations(manifest.transformer, size)
-        stages["denoise"] = PROCESS + loop + layers * block
-        return MemoryPlan(None, stages, layers, tiled)
     if (least := max(stages.values())) > limit:
         stage = max(stages, key=lambda name: stages[name])
         advice = {
@@ -71,7 +81,7 @@ def plan_memory(
             "denoise": "make a smaller or shorter clip",
         }[stage]
         raise DeviceError(
-            f"{size.width}x{size.height} with {size.frames} frames does not fit into --memory {budget:g}: the {stage} "
+            f"{size.width}x{size.height} with {size.frames} frames does not fit into {place}: the {stage} "
             f"stage needs {least / GB:.2f} GB. Give at least --memory {least / GB + 0.005:.2f}, or {advice}."
         )
     resident = min(layers, 2 + (limit - stages["denoise"]) // block)
@@ -82,19 +92,43 @@ def plan_memory(
     return MemoryPlan(limit, stages, resident, tiled)
 
 
-def loop_bytes(config: TransformerConfig, size: Geometry, halves: int) -> int:
-    """Buffers of the denoising loop and the block's activations at batch 1, without weights."""
+def _unlimited(manifest: Manifest, size: Geometry, halves: int, tiled: bool, block: int, fused: bool) -> MemoryPlan:
+    """Everything stays, and the guidance halves run side by side."""
+    area = _tile(manifest.vae, size) if tiled else (size.height, size.width)
+    layers = manifest.transformer.num_layers
+    loop = loop_bytes(manifest, size, halves, block)
+    loop += halves * block_activations(manifest.transformer, size, fused)
+    stages = {
+        "text": PROCESS + text_bytes(manifest),
+        "vae": PROCESS + vae_bytes(manifest.vae, size, *area),
+        "denoise": PROCESS + loop + layers * block,
+    }
+    return MemoryPlan(None, stages, layers, tiled)
+
+
+def loop_bytes(manifest: Manifest, size: Geometry, halves: int, block: int) -> int:
+    """Buffers of the denoising loop, without weights and the block's activations."""
+    config = manifest.transformer
     # Per half: video twice and pose twice; once: stem, photo tokens, pose.
     streams = (4 * halves + 3) * size.video_tokens * config.width
     latents = 6 * size.latent_frames * config.latent_channels * size.latent_height * size.latent_width
-    return FLOAT * (streams + latents) + block_activations(config, size)
+    widened = 2 * block if manifest.precision == "fp16" else 0  # a float32 copy of the block at hand
+    return FLOAT * (streams + latents) + widened
 
 
-def block_activations(config: TransformerConfig, size: Geometry) -> int:
-    """Bytes that one call of the block needs beside its inputs, outputs and weights."""
+def block_activations(config: TransformerConfig, size: Geometry, fused: bool) -> int:
+    """Bytes that one call of the block needs beside its inputs, outputs and weights; `fused`: no score matrix."""
     s, d = size.video_tokens + config.max_text_seq_length, config.width
-    scores = 2 * config.num_attention_heads * s * s  # query-key products and their softmax
+    scores = 0 if fused else 2 * config.num_attention_heads * s * s  # query-key products and their softmax
     return FLOAT * max(scores + 6 * s * d, 10 * s * d)  # attention, or feed-forward with its two inner maps
+
+
+def physical_memory() -> int | None:
+    """The machine's memory in bytes; None where the system does not say."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (ValueError, OSError, AttributeError):
+        return None
 
 
 def vae_bytes(vae: VaeConfig, size: Geometry, height: int, width: int) -> int:

@@ -178,6 +178,14 @@ class NoiseSource:
                 flat[i] = self._one()
         return out
 
+    def skip(self, shape: int | Sequence[int]) -> None:
+        """Goes on as if `normal(shape)` had been drawn, for less than a tenth of its cost."""
+        count = math.prod(shape) if isinstance(shape, Sequence) else shape
+        if count < BLOCK:
+            self.normal(shape)  # these are drawn in pairs, of which one may be left over
+        else:
+            self._take(count + (BLOCK if count % BLOCK else 0))
+
     def _fill_blocks(self, flat: Floats) -> None:
         whole = flat.size - flat.size % BLOCK
         for start in range(0, whole, CHUNK):

@@ -95,6 +95,17 @@ def test_tiles_are_used_only_when_the_budget_needs_them() -> None:
         plan(512, 512, 9, 30, tiling="off")
 
 
+def test_the_machines_memory_is_the_budget_of_a_clip_that_needs_more() -> None:
+    size = geometry(FULL.transformer, FULL.vae, 512, 512, 9)
+    roomy = plan_memory(FULL, size, halves=2, tiling="auto", budget=None, block=BLOCK, physical=10**12)
+    assert roomy.budget is None
+    small = plan_memory(FULL, size, halves=2, tiling="auto", budget=None, block=BLOCK, physical=40 * 10**9)
+    assert small.tiled
+    assert small.peak <= 32e9
+    with pytest.raises(DeviceError, match=r"this machine can spare.*--memory"):
+        plan_memory(FULL, size, halves=2, tiling="auto", budget=None, block=BLOCK, physical=4 * 10**9)
+
+
 def test_measured_peak_of_a_small_clip_stays_under_the_plan(bundle10: Path) -> None:
     """One process, its own high-water mark: the plan's promise for a real run."""
     import subprocess

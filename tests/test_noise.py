@@ -155,3 +155,16 @@ def test_ten_million_values_are_quick_and_need_little_memory():
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak - values.nbytes < 2_500_000
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 2**32), st.lists(st.tuples(st.booleans(), st.integers(1, 70)), min_size=1, max_size=6))
+def test_skipping_is_drawing_without_the_result(seed: int, draws: list[tuple[bool, int]]) -> None:
+    drawn, skipped = NoiseSource(seed), NoiseSource(seed)
+    for skip, count in draws:
+        wanted = drawn.normal((count,))
+        if skip:
+            skipped.skip((count,))
+        else:
+            assert np.array_equal(skipped.normal((count,)), wanted)
+        assert skipped.consumed == drawn.consumed

@@ -157,3 +157,37 @@ def test_the_head_guides_and_steps_like_the_scheduler(bundle15: Path) -> None:
     wanted, x0 = advance(step, latents, negative + guidance * (positive - negative), x0_old, noise)
     assert max_abs(outputs["latents_out"], wanted) < 2e-5
     assert max_abs(outputs["x0"], x0) < 2e-5
+
+
+@pytest.mark.parametrize("fixture", ["bundle10", "bundle15"])
+def test_the_cpu_block_equals_the_portable_one(fixture: str, request: pytest.FixtureRequest) -> None:
+    """Both graphs are shipped; only the CPU uses the one in ONNX Runtime's own operators."""
+    import onnxruntime
+
+    bundle = Bundle(request.getfixturevalue(fixture))
+    d = bundle.manifest.transformer.width
+    random = np.random.default_rng(3)
+    angle = random.standard_normal((5 + 12, 32)).astype(np.float32)
+    feeds = {
+        "video": random.standard_normal((2, 12, d)).astype(np.float32),
+        "text": random.standard_normal((2, 5, d)).astype(np.float32),
+        "pose": random.standard_normal((1, 12, d)).astype(np.float32),
+        "modulation": random.standard_normal((15, d)).astype(np.float32),
+        "rope_cos": np.cos(angle),
+        "rope_sin": np.sin(angle),
+        **bundle.tensors("block_00"),
+    }
+    outputs = []
+    for name in ("block", "block_cpu"):
+        session = onnxruntime.InferenceSession(bundle.graph(name)[1], providers=["CPUExecutionProvider"])
+        outputs.append(session.run(None, {port.name: feeds[port.name] for port in session.get_inputs()}))
+    for portable, own in zip(*outputs, strict=True):
+        assert max_abs(portable, own) < 2e-5
+
+
+def test_only_the_cpu_block_uses_operators_that_other_runtimes_lack(bundle15: Path) -> None:
+    onnx = pytest.importorskip("onnx")
+    bundle = Bundle(bundle15)
+    for name in bundle.manifest.graphs:
+        domains = {node.domain for node in onnx.load_from_string(bundle.graph(name)[1]).graph.node}
+        assert domains <= ({"", "com.microsoft"} if name == "block_cpu" else {""}), name
