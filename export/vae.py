@@ -48,7 +48,7 @@ from ..bundle.precision import SAFETENSORS_NAME, Precision
 from ..bundle.tensors import TensorInfo, read_header
 from .trace import IR_VERSION
 
-__all__ = ["GRAPHS", "GraphInfo", "VaeTensor", "WeightFile", "export_vae_graph", "export_vae_graphs", "vae_tensors"]
+__all__ = ["GRAPHS", "GraphInfo", "VaeTensor", "WeightFile", "export_vae_graph", "vae_tensors"]
 
 Kind = Literal["encoder", "decoder"]
 GRAPHS = (
@@ -350,13 +350,6 @@ class GraphInfo:
     outputs: tuple[Port, ...]
     weights: str
     """Name of the file in the bundle's weights folder that holds the initializers."""
-
-
-def export_vae_graphs(
-    config: Mapping[str, Any], precision: Precision, out_dir: Path, weight_files: Mapping[str, WeightFile]
-) -> list[GraphInfo]:
-    """Writes all `GRAPHS` into `out_dir`; `weight_files` are keyed `encoder` and `decoder`. See `export_vae_graph`."""
-    return [export_vae_graph(name, config, precision, out_dir, weight_files[name.split("_")[1]]) for name in GRAPHS]
 
 
 def export_vae_graph(
