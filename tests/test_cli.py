@@ -405,7 +405,7 @@ def test_tiles_that_only_a_budget_asks_for_are_told(
     least = float(message.split("Give at least --memory ")[1].split(",")[0])
     _, result = latents_of(capsys, tmp_path, bundle10, inputs, **large, memory=least)
     assert result["tiled"]
-    assert any("tiles" in text and "--memory" in text for text in result["notices"])
+    assert any("tiles" in text and "memory" in text for text in result["notices"])
     _, result = latents_of(capsys, tmp_path, bundle10, inputs, **large)
     assert not result["tiled"]
     assert not any("tiles" in text for text in result["notices"])
