@@ -13,6 +13,7 @@ from .targets import Capability, Flavour
 
 __all__ = [
     "ENGINES_NAME",
+    "SET_FORMAT",
     "SET_VERSION",
     "BuildOptions",
     "ClipSize",
@@ -54,7 +55,7 @@ class BuildOptions(msgspec.Struct, frozen=True, kw_only=True):
 
     sizes: tuple[ClipSize, ...]  # every clip that the engines must take; the first is the one to optimize for
     tile: tuple[int, int]  # largest VAE tile in latents: rows, columns
-    steps: int = 1000  # most timesteps of a schedule
+    steps: int = 100  # most timesteps of a schedule
     batch: int = 2  # guidance halves that may go through a block together
     workspace: int | None = None  # bytes that the compiler may use for scratch memory; None: its own default
     version_compatible: bool = False  # TensorRT: engines for the lean runtime of any later version of the same major
@@ -89,7 +90,7 @@ class EngineSet(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
     precision: str
     flavour: Flavour
     library_version: str
-    platform: str  # as `platform_name()` gives it: "linux-x86_64"
+    platform: str  # "any" (TensorRT-RTX), or as `platform_name()` gives it: "linux-x86_64"
     capabilities: tuple[Capability, ...]
     targets: tuple[str, ...]
     options: BuildOptions

@@ -91,7 +91,9 @@ TARGETS: Mapping[str, Target] = {
         Target("jetson-orin", (8, 7), _SDK, 64, f"AGX Orin. {_ORIN}", unified=True),
         Target("jetson-orin-nx", (8, 7), _SDK, 16, _ORIN, unified=True),
         Target("jetson-orin-nano", (8, 7), _SDK, 8, _ORIN, unified=True),
-        Target("jetson-thor", (11, 0), _SDK, 128, "JetPack 7: TensorRT 10.13 or later; built on the device", unified=True),
+        Target(
+            "jetson-thor", (11, 0), _SDK, 128, "JetPack 7: TensorRT 10.13 or later; built on the device", unified=True
+        ),
     )
 }
 

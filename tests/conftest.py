@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 from tests.golden import model_dir
 
@@ -24,37 +25,85 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         os.environ["DYNAMICTRL_CACHE"] = before
 
 
-def _exported(checkpoint: Path, folder: Path, precision: str = "fp32") -> Path:
+Share = Callable[[str, Callable[[Path], None]], Path]
+
+
+@pytest.fixture(scope="session")
+def share(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Share:
+    """`share(name, make)`: a folder that `make(folder)` fills once per test run, for all of its processes."""
+    root = tmp_path_factory.getbasetemp()
+    root = (root if worker_id == "master" else root.parent) / "shared"
+    root.mkdir(exist_ok=True)
+
+    def made(name: str, make: Callable[[Path], None]) -> Path:
+        folder, done = root / name, root / f"{name}.done"
+        with FileLock(root / f"{name}.lock"):
+            if not done.exists():
+                shutil.rmtree(folder, ignore_errors=True)
+                folder.mkdir()
+                make(folder)
+                done.touch()
+        return folder
+
+    return made
+
+
+Export = Callable[..., Path]
+
+
+@pytest.fixture(scope="session")
+def exported(share: Share) -> Export:
+    """`exported(model, precision="fp32")`: bundle of a golden model or of a spec in `benchmarks.checkpoints`.
+
+    Do not write into it: copy it. The model "learned" is the 1.0-style one with a stored positional table.
+    """
     pytest.importorskip("torch", reason="exporting needs the extra 'export'")
-    from dynamictrl_edge.export.exporter import export_checkpoint
 
-    export_checkpoint(checkpoint, folder / "bundle", precision=precision)  # type: ignore[arg-type]
-    return folder / "bundle"
+    def bundle(model: str, precision: str = "fp32") -> Path:
+        def make(folder: Path) -> None:
+            from benchmarks.checkpoints import SPECS, write_checkpoint
+            from dynamictrl_edge.export.exporter import export_checkpoint
+
+            if model in SPECS:
+                checkpoint = folder / "checkpoint"
+                write_checkpoint(checkpoint, SPECS[model])
+            else:
+                checkpoint = _learned(share) if model == "learned" else model_dir(model)
+            export_checkpoint(checkpoint, folder / "bundle", precision=precision)  # type: ignore[arg-type]
+
+        return share(f"{model}-{precision}", make) / "bundle"
+
+    return bundle
+
+
+def _learned(share: Share) -> Path:
+    def make(folder: Path) -> None:
+        shutil.copytree(model_dir("cogvideox10-tiny"), folder / "checkpoint")
+        shutil.rmtree(folder / "checkpoint" / "transformer")
+        shutil.copytree(model_dir("cogvideox10-learnedpos-tiny") / "transformer", folder / "checkpoint" / "transformer")
+
+    return share("learned-checkpoint", make) / "checkpoint"
 
 
 @pytest.fixture(scope="session")
-def bundle10(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def bundle10(exported: Export) -> Path:
     """float32 bundle of the 1.0-style golden model. Do not write into it: copy it."""
-    return _exported(model_dir("cogvideox10-tiny"), tmp_path_factory.mktemp("bundle10"))
+    return exported("cogvideox10-tiny")
 
 
 @pytest.fixture(scope="session")
-def bundle15(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def bundle15(exported: Export) -> Path:
     """float32 bundle of the 1.5-style golden model. Do not write into it: copy it."""
-    return _exported(model_dir("cogvideox15-tiny"), tmp_path_factory.mktemp("bundle15"))
+    return exported("cogvideox15-tiny")
 
 
 @pytest.fixture(scope="session")
-def learned_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def learned_checkpoint(share: Share) -> Path:
     """The golden transformer with the stored positional table, completed with the other components of the 1.0 model."""
-    folder = tmp_path_factory.mktemp("learned") / "checkpoint"
-    shutil.copytree(model_dir("cogvideox10-tiny"), folder)
-    shutil.rmtree(folder / "transformer")
-    shutil.copytree(model_dir("cogvideox10-learnedpos-tiny") / "transformer", folder / "transformer")
-    return folder
+    return _learned(share)
 
 
 @pytest.fixture(scope="session")
-def learned_bundle(learned_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def learned_bundle(exported: Export) -> Path:
     """float32 bundle of `learned_checkpoint`."""
-    return _exported(learned_checkpoint, tmp_path_factory.mktemp("learned_bundle"))
+    return exported("learned")

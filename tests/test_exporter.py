@@ -7,7 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ from dynamictrl_edge.export.vae import GraphInfo
 from dynamictrl_edge.runtime import Animator
 from tests.checkpoint_samples import WEIGHTS, Tensors, copied, edit_json, edit_tensors, split
 from tests.cli_samples import listing
+from tests.conftest import Export, Share
 from tests.golden import case, model_dir, relative_rms
 
 MODEL = model_dir("cogvideox10-tiny")
@@ -54,61 +55,35 @@ ONNX_NAME = {"F32": "float", "F16": "float16", "BF16": "bfloat16"}
 STORED = {"fp32": "F32", "fp16": "F16", "bf16": "BF16"}
 
 
-# --- exports that run beside the tests
-
+# --- bundles
 
 EXPORT = """
-import gc, sys
-gc.disable()  # a quarter of the time
+import sys
 from dynamictrl_edge.export.exporter import export_checkpoint
-for checkpoint, folder, precision in zip(*[iter(sys.argv[1:])] * 3):
-    export_checkpoint(checkpoint, folder, precision=precision)
+export_checkpoint(sys.argv[1], sys.argv[2])
 """
 
 
-@pytest.fixture(scope="session", autouse=True)
-def _beside(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Callable[[], Path] | None]:
-    """Exports in a process of its own, begun before the first test: the 1.0 model once more, the 1.5 model in bf16."""
-    wanted = {"bundle10_again", "bundle15_bf16"}
-    if not any(wanted.intersection(getattr(item, "fixturenames", ())) for item in request.session.items):
-        yield None
-        return
-    folder = tmp_path_factory.mktemp("beside")
-    jobs = [str(MODEL), "again", "fp32", str(model_dir("cogvideox15-tiny")), "bf16", "bf16"]
-    environment = {**os.environ, "PYTHONHASHSEED": "4", "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(
-        [sys.executable, "-c", EXPORT, *jobs], cwd=folder, env=environment, stderr=subprocess.PIPE, text=True
-    )
-
-    def finished() -> Path:
-        errors = process.communicate()[1] if process.returncode is None else ""
-        assert process.returncode == 0, errors
-        return folder
-
-    yield finished
-    if process.poll() is None:
-        process.kill()
-        process.communicate()
-
-
 @pytest.fixture(scope="session")
-def bundle10_again(bundle10: Path, _beside: Callable[[], Path]) -> Path:
+def bundle10_again(share: Share) -> Path:
     """Made from the same checkpoint as `bundle10` by another process with another seed of Python's hashes."""
-    return _beside() / "again"
+
+    def make(folder: Path) -> None:
+        environment = {**os.environ, "PYTHONHASHSEED": "4"}
+        command = [sys.executable, "-c", EXPORT, str(MODEL), str(folder / "bundle")]
+        subprocess.run(command, env=environment, check=True, capture_output=True)
+
+    return share("again", make) / "bundle"
 
 
 @pytest.fixture(scope="session")
-def bundle15_fp16(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("fp16") / "bundle"
-    export_checkpoint(model_dir("cogvideox15-tiny"), folder, precision="fp16")
-    return folder
+def bundle15_fp16(exported: Export) -> Path:
+    return exported("cogvideox15-tiny", "fp16")
 
 
 @pytest.fixture(scope="session")
-def bundle15_bf16(bundle15_fp16: Path, _beside: Callable[[], Path]) -> Path:
-    return _beside() / "bf16"
+def bundle15_bf16(exported: Export) -> Path:
+    return exported("cogvideox15-tiny", "bf16")
 
 
 # --- refusals
