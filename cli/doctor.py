@@ -8,12 +8,15 @@ import importlib.util
 import os
 import platform
 import shutil
-import subprocess
 from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
 
 import click
 
 from .console import json_option, print_json, results, verbose_option
+
+if TYPE_CHECKING:
+    from ..engines.machine import Gpu
 
 
 @dataclass(frozen=True)
@@ -35,7 +38,7 @@ def command(as_json: bool) -> None:
 
     Exit code 0 when a clip can be animated here, 5 when not.
     """
-    findings = [*_machine(), *_packages(), *_encoders(), *_gpu()]
+    findings = [*_machine(), *_packages(), *_builders(), *_encoders(), *_gpu()]
     able = all(f.state != "missing" for f in findings if f.needed_for == "animate")
     if as_json:
         print_json({"can_animate": able, "findings": [asdict(f) for f in findings]})
@@ -112,6 +115,33 @@ def _unloadable(module: str) -> str | None:
     return None
 
 
+def _builders() -> list[Finding]:
+    """What `build` needs: polygraphy, and one of the two libraries."""
+    from ..engines.machine import LEAN, LIBRARIES, look_at_machine
+
+    here = look_at_machine(gpus=lambda: ([], ""))  # the GPUs have rows of their own
+    findings = []
+    for flavour, library in LIBRARIES.items():
+        version, extra = here.flavours.get(flavour), f'pip install "dynamictrl-edge[build,{flavour}]"'
+        if version is not None:
+            cuda = here.cuda.get(library.package)
+            findings.append(Finding(library.title, "ok", version + (f" (CUDA {cuda})" if cuda else ""), "build"))
+        elif here.flavours:
+            findings.append(Finding(library.title, "info", "not installed", "build", extra))
+        else:
+            findings.append(Finding(library.title, "missing", "not installed", "build", extra))
+    if here.lean is not None:
+        findings.append(Finding(LEAN.title, "ok", here.lean, "speed"))
+    if importlib.util.find_spec("polygraphy") is None:
+        extra = 'pip install "dynamictrl-edge[build]"'
+        return [*findings, Finding("polygraphy", "missing", "not installed", "build", extra)]
+    try:
+        version = importlib.metadata.version("polygraphy")
+    except importlib.metadata.PackageNotFoundError:
+        version = "installed, version unknown"
+    return [*findings, Finding("polygraphy", "ok", version, "build")]
+
+
 def _encoders() -> list[Finding]:
     try:
         import av
@@ -128,15 +158,31 @@ def _encoders() -> list[Finding]:
 
 
 def _gpu() -> list[Finding]:
-    tool = shutil.which("nvidia-smi")
-    if tool is None:
-        return [Finding("NVIDIA GPU", "info", "none found (no nvidia-smi); clips are made on the processor", "speed")]
-    query = [tool, "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"]
+    from ..engines.machine import look_at_gpus
+
+    gpus, why = look_at_gpus()
+    if not gpus:
+        return [Finding("NVIDIA GPU", "info", f"none found ({why}); clips are made on the processor", "speed")]
+    return [Finding("NVIDIA GPU", "ok", _described(gpu), "speed") for gpu in gpus]
+
+
+def _described(gpu: Gpu) -> str:
+    """The GPU, and what `--target` and `--precision` it takes."""
+    from ..bundle.errors import DeviceError
+    from ..engines.machine import Machine, local_target
+    from ..engines.targets import capability_name
+
+    facts = [gpu.name, capability_name(gpu.capability)]
+    if gpu.memory_bytes is not None:
+        facts.append(f"{gpu.memory_bytes / 1e9:.1f} GB{' shared with the processor' if gpu.unified else ''}")
+    if gpu.driver is not None:
+        facts.append(f"driver {gpu.driver}")
     try:
-        answer = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True).stdout.strip()
-    except (OSError, subprocess.SubprocessError) as error:
-        return [Finding("NVIDIA GPU", "info", f"nvidia-smi failed: {error}", "speed")]
-    return [Finding("NVIDIA GPU", "ok", line.strip(), "speed") for line in answer.splitlines()]
+        target = local_target(Machine(gpu))
+        facts.append(f"target {target.name}: {', '.join(sorted(target.types))}")
+    except DeviceError:
+        facts.append("too old for engines")
+    return ", ".join(facts)
 
 
 def _show(findings: list[Finding], able: bool) -> None:

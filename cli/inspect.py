@@ -14,11 +14,13 @@ from .console import json_option, print_json, results, verbose_option, working
 @click.command("inspect", short_help="Show what is in a bundle.")
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option("--no-verify", is_flag=True, help="Do not check the files against their SHA-256.")
+@click.option("--engine", metavar="NAME", help="Show what the compiler made of this graph, kernel by kernel.")
 @json_option
 @verbose_option
-def command(bundle: Path, no_verify: bool, as_json: bool) -> None:
-    """Show model, graphs, weights and provenance of BUNDLE, after checking every file."""
+def command(bundle: Path, no_verify: bool, engine: str | None, as_json: bool) -> None:
+    """Show model, graphs, weights, engines and provenance of BUNDLE, after checking every file."""
     from ..bundle.store import Bundle
+    from .engine_tables import engine_facts, engine_sets, show_kernels, show_sets
 
     opened = Bundle(bundle)
     manifest = opened.manifest
@@ -26,13 +28,20 @@ def command(bundle: Path, no_verify: bool, as_json: bool) -> None:
         with working(as_json) as progress:
             progress.stage("Checking files", len(manifest.files))
             opened.verify(lambda name: progress.advance())
+    sets = engine_sets(bundle, manifest)
+    if engine is not None:
+        with results():
+            show_kernels(sets, engine, as_json)
+        return
     facts = _facts(bundle, manifest)
     facts["verified"] = not no_verify
+    facts["engine_sets"] = [engine_facts(one) for one in sets]
     if as_json:
         print_json(facts)
     else:
         with results():
             _show(bundle, manifest, facts)
+            show_sets(sets)
 
 
 def _facts(bundle: Path, manifest: Manifest) -> dict[str, Any]:

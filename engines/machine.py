@@ -156,7 +156,7 @@ def look_at_machine(
     *,
     gpus: Callable[[], tuple[list[Gpu], str]] = look_at_gpus,
     environ: Mapping[str, str] | None = None,
-    version: Callable[[str], str] = importlib.metadata.version,
+    version: Callable[[str], str] | None = None,
     find_module: Callable[[str], Path | None] | None = None,
     platform: str | None = None,
 ) -> Machine:
@@ -166,12 +166,12 @@ def look_at_machine(
     machine, CUDA counts as nvidia-smi does only under CUDA_DEVICE_ORDER=PCI_BUS_ID.
 
     Args:
-        gpus, version, find_module, platform: where the facts come from; for tests. `version` gives a package's version
-            or raises `PackageNotFoundError`; `find_module` the file of a module that could be imported, or None.
-        environ: the environment; None: this process's.
+        gpus, environ, version, find_module, platform: where the facts come from; None: from this machine. `version` gives
+            a package's version or raises `PackageNotFoundError`; `find_module` the file of a module that could be
+            imported, or None.
     """
     environ = os.environ if environ is None else environ
-    find_module = find_module or _find_module
+    version, find_module = version or importlib.metadata.version, find_module or _find_module
     gpu, why = _visible(*gpus(), environ.get("CUDA_VISIBLE_DEVICES"))
     cuda: dict[str, int] = {}
     found: dict[str, str] = {}

@@ -89,7 +89,8 @@ class Kernel(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def merged(self) -> tuple[str, ...]:
         """Graph nodes that the compiler joined into this one product, which it names a+b+c; () where the name does not tell."""
-        joined = _PART.sub("", _PROFILE.sub("", self.name)).split("+")
+        parts = _PART.sub("", _PROFILE.sub("", self.name)).split("+")
+        joined = {*parts, *(_UNIQUE.sub("", part) for part in parts)}
         return tuple(node for node in self.onnx if node in joined)
 
 
@@ -148,6 +149,7 @@ _METADATA = re.compile(r", StreamId: \d+.*?, Metadata: (.*)", re.DOTALL)
 _NODE = re.compile(r"\[ONNX Layer: (.*?)\](?=[\x1e\x1f]?\[ONNX Layer: |\s*\Z)", re.DOTALL)
 _PROFILE = re.compile(r" \[profile (\d+)\]")
 _PART = re.compile(r"_myl(\d+)_\d+\Z")
+_UNIQUE = re.compile(r"_U\d+\Z")  # appended to a node that is called as one of the graph's tensors
 
 _DTYPES: Mapping[str, str] = {
     "float": "float",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 import importlib.util
 import json
 import shutil
@@ -120,15 +121,45 @@ def test_a_python_that_is_too_old(monkeypatch: pytest.MonkeyPatch, capsys: Captu
     assert "3.10" in found["mend"]
 
 
+def test_building_needs_one_of_two_libraries(monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
+    mend = {
+        "TensorRT-RTX": 'pip install "dynamictrl-edge[build,rtx]"',
+        "TensorRT": 'pip install "dynamictrl-edge[build,tensorrt]"',
+        "polygraphy": 'pip install "dynamictrl-edge[build]"',
+    }
+    without(monkeypatch, "tensorrt_rtx", "tensorrt", "tensorrt_lean", "polygraphy")
+    found = findings(capsys)  # engines are not needed to animate
+    for name, command in mend.items():
+        assert (found[name]["state"], found[name]["needed_for"], found[name]["mend"]) == ("missing", "build", command)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, package=None: ModuleSpec(name, None))
+    versions = {"tensorrt_cu12": "10.9.0.34", "tensorrt_lean": "10.9.0.34", "polygraphy": "0.53.6"}
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: versions.get(name) or missing(name))
+    found = findings(capsys)
+    assert (found["TensorRT"]["state"], found["TensorRT"]["found"]) == ("ok", "10.9.0.34 (CUDA 12)")
+    assert (found["TensorRT-RTX"]["state"], found["TensorRT-RTX"]["mend"]) == ("info", mend["TensorRT-RTX"])
+    assert (found["polygraphy"]["state"], found["polygraphy"]["found"]) == ("ok", "0.53.6")
+    assert found["TensorRT's lean runtime"]["found"] == "10.9.0.34"
+
+
+def missing(name: str) -> str:
+    raise importlib.metadata.PackageNotFoundError(name)
+
+
 def test_gpus_are_listed_one_by_one(monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
-    answer = "NVIDIA H200, 575.57, 143771 MiB\nNVIDIA Thor, 580.1, 128000 MiB\n"
+    answer = (
+        "NVIDIA H200, 9.0, 575.57, 143771\nNVIDIA L4, 8.9, 575.57, 23034\nNVIDIA GeForce GTX 1080, 6.1, [N/A], 8192\n"
+    )
     monkeypatch.setattr(shutil, "which", lambda name: "/usr/bin/nvidia-smi")
     monkeypatch.setattr(
         subprocess, "run", lambda command, **_: subprocess.CompletedProcess(command, 0, stdout=answer, stderr="")
     )
     assert run(["doctor", "--json"]) == 0
     gpus = [f for f in json.loads(capsys.readouterr().out)["findings"] if f["name"] == "NVIDIA GPU"]
-    assert [gpu["found"] for gpu in gpus] == answer.splitlines()
+    assert [gpu["found"] for gpu in gpus] == [
+        "NVIDIA H200, SM90, 150.8 GB, driver 575.57, target h200: bf16, fp16, fp32, fp8, int8",
+        "NVIDIA L4, SM89, 24.2 GB, driver 575.57, target local: bf16, fp16, fp32, fp8, int8",
+        "NVIDIA GeForce GTX 1080, SM61, 8.6 GB, too old for engines",
+    ]
     assert {gpu["state"] for gpu in gpus} == {"ok"}
 
 

@@ -25,7 +25,10 @@ __all__ = ["Call", "Faults", "calls", "fake_tensorrt", "install"]
 
 _ROOT = Path(__file__).parent.parent
 _MAGIC = b"ftrt"
-_NO_DRIVER = "[checkMacros.cpp::catchCudaError::250] Error Code 1: Cuda Runtime (In catchCudaError (cudaError 35: CUDA driver version is insufficient for CUDA runtime version))"
+_NO_DRIVER = (
+    "[checkMacros.cpp::catchCudaError::250] Error Code 1: Cuda Runtime (In catchCudaError (cudaError 35: CUDA driver "
+    "version is insufficient for CUDA runtime version))"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -183,7 +186,8 @@ class _Compiler:
         if self.faults.build_error:
             self.error(builder, f"IBuilder::buildSerializedNetwork: {self.faults.build_error}")
             return None
-        self.log(builder, "INFO", f"Max Scratch Memory: {self.faults.activation // 2} bytes")
+        most = "Total" if self.trt.__version__.startswith("10.3") else "Max"
+        self.log(builder, "INFO", f"{most} Scratch Memory: {self.faults.activation // 2} bytes")
         self.log(builder, "INFO", f"Total Activation Memory: {self.faults.activation} bytes")
         self.log(builder, "INFO", f"Total Weights Memory: {self.faults.weights} bytes")
         kernels = list(self.kernels(network))
@@ -201,25 +205,26 @@ class _Compiler:
     def refusal(self, network: Any, config: Any) -> str:
         """Why the network cannot be built as configured."""
         state, flags = config.state, config.state["flags"]
-        strong = "STRONGLY_TYPED", network.state["flags"]
-        if self.trt.__version__.startswith("10.") and not self.bit("NetworkDefinitionCreationFlag", *strong):
+        strong = self.bit("NetworkDefinitionCreationFlag", "STRONGLY_TYPED", network.state["flags"])
+        if self.trt.__version__.startswith("10.") and not strong:
             return "fake: the network is not strongly typed"
         if not network.state["outputs"]:
-            return "Error Code 4: API Usage Error (Network must have at least one output. In validate at /_src/x.cpp:1)"
-        if self.bit("BuilderFlag", "EXCLUDE_LEAN_RUNTIME", flags) and not self.bit(
-            "BuilderFlag", "VERSION_COMPATIBLE", flags
-        ):
-            return "Error Code 4: API Usage Error (EXCLUDE_LEAN_RUNTIME needs VERSION_COMPATIBLE)"
+            return _misuse("Network must have at least one output. In validate at /_src/optimizer/api/network.cpp:3810")
+        lean = self.bit("BuilderFlag", "EXCLUDE_LEAN_RUNTIME", flags)
+        if lean and not self.bit("BuilderFlag", "VERSION_COMPATIBLE", flags):
+            return _misuse("EXCLUDE_LEAN_RUNTIME needs VERSION_COMPATIBLE")
         dynamic = {t.name: t.shape for t in network.state["inputs"] if any(n < 0 for n in t.shape)}
         if dynamic and not state["profiles"]:
-            return "Error Code 4: API Usage Error (Network has dynamic or shape inputs, but no optimization profile has been defined.)"
+            return _misuse("Network has dynamic or shape inputs, but no optimization profile has been defined.")
         for profile in state["profiles"]:
             shapes = profile.state.get("shapes", {})
             for name, shape in dynamic.items():
                 if name not in shapes:
-                    return f"Error Code 4: API Usage Error (Dynamic input tensor {name} is missing dimensions in profile 0)"
-                if len(shapes[name][0]) != len(shape):
-                    return f"Error Code 4: API Usage Error (Dynamic-shaped input tensor {name} has {len(shape)} dimensions but profile 0 has {len(shapes[name][0])} dimensions)"
+                    return _misuse(f"Dynamic input tensor {name} is missing dimensions in profile 0")
+                given = len(shapes[name][0])
+                if given != len(shape):
+                    ranks = f"has {len(shape)} dimensions but profile 0 has {given} dimensions"
+                    return _misuse(f"Dynamic-shaped input tensor {name} {ranks}")
         return ""
 
     def work(self, config: Any) -> bool:
@@ -345,14 +350,14 @@ class _Compiler:
 
     def OnnxParser__parse(self, parser: Any, model: Any, path: str | None = None) -> bool:
         import onnx
-        from google.protobuf.message import DecodeError
+        from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
         data = bytes(model)
-        if not data or data.isascii():
-            return True  # as the real one, with an empty network
         try:
             graph = onnx.load_from_string(data).graph
         except DecodeError:
+            if data.isascii():
+                return True  # any text, with an empty network, as an empty file
             return self.refuse(parser, "MODEL_DESERIALIZE_FAILED: Failed to parse the ONNX model.")
         folder = Path(path or "").parent
         for tensor in graph.initializer:
@@ -452,6 +457,10 @@ class _Compiler:
         if format.name == "JSON":
             return json.dumps({"Layers": kernels, "Bindings": []})
         return "Layers:\n" + "\n".join(map(_line, kernels)) + "\n\nBindings:\n"
+
+
+def _misuse(text: str) -> str:
+    return f"Error Code 4: API Usage Error ({text})"
 
 
 def _in_order(shapes: tuple[tuple[int, ...], ...]) -> bool:

@@ -95,7 +95,7 @@ class _EnumType(type):
         return known if known is not None else cls.make("???", int(value))
 
     def make(cls, name: str, value: int) -> Any:
-        made = object.__new__(cls)
+        made: Any = type.__call__(cls)
         made.name, made.value = name, value
         return made
 
@@ -113,7 +113,7 @@ class _Enum:
         return self.value
 
     def __eq__(self, other: object) -> bool:
-        return type(other) is type(self) and other.value == self.value  # type: ignore[attr-defined]
+        return type(other) is type(self) and other.value == self.value
 
     def __str__(self) -> str:
         return f"{type(self).__name__}.{self.name}"
@@ -123,12 +123,12 @@ class _Enum:
 
 
 def _enum(module: FakeModule, key: str, entry: Name) -> type:
-    made = _EnumType(key.rpartition(".")[2], (_Enum,), {"__module__": module.__name__})
+    made: Any = _EnumType(key.rpartition(".")[2], (_Enum,), {"__module__": module.__name__})
     made.__members__ = {name: made.make(name, value) for name, value in entry.numbers.items()}
     for name, member in made.__members__.items():
         setattr(made, name, member)
     if "itemsize" in entry.members:
-        made.itemsize = property(lambda self: _SIZES.get(self.name, 1))  # type: ignore[attr-defined]
+        made.itemsize = property(lambda self: _SIZES.get(self.name, 1))
     return made
 
 
@@ -139,8 +139,7 @@ class _Type(type):
     """Refuses what pybind11 refuses: objects without a constructor, and subclasses that forget the base's `__init__`."""
 
     def __call__(cls, *args: Any, **kwargs: Any) -> Any:
-        made = cls.__new__(cls, *args, **kwargs)
-        made.__init__(*args, **kwargs)
+        made: Any = super().__call__(*args, **kwargs)
         if not made.__dict__.get("_ready"):
             raise TypeError(f"{cls.__mro__[1].__name__}.__init__() must be called when overriding __init__")
         return made

@@ -16,10 +16,36 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache
 
 from tests.trt_snapshot import ALL, Member, Signature, Snapshot, snapshot
+from tests.trt_values import (
+    NOTHING,
+    OTHER,
+    Atom,
+    Class,
+    Code,
+    Constant,
+    Context,
+    File,
+    Fixed,
+    Function,
+    Instance,
+    Kind,
+    Maker,
+    Many,
+    Method,
+    Object,
+    Other,
+    Scope,
+    Table,
+    TableMethod,
+    TensorRT,
+    Value,
+    joined,
+    union,
+)
 
 __all__ = ["Problem", "problems", "uses"]
 
@@ -43,164 +69,6 @@ class Problem:
 
     def __str__(self) -> str:
         return f"{self.file}:{self.line}: {self.version}: {self.text}"
-
-
-# What an expression may be. A value is a set of these; `Other` stands for whatever is not followed.
-
-
-class Atom:
-    """Something that a value may be."""
-
-
-Value = frozenset[Atom]
-
-
-@dataclass(frozen=True)
-class Other(Atom):
-    pass
-
-
-@dataclass(frozen=True)
-class Constant(Atom):
-    value: bool | int | str
-
-
-@dataclass(frozen=True)
-class TensorRT(Atom):
-    """The module."""
-
-
-@dataclass(frozen=True)
-class Class(Atom):
-    """A class or an enum of the module."""
-
-    name: str
-
-
-@dataclass(frozen=True)
-class Instance(Atom):
-    name: str
-
-
-@dataclass(frozen=True)
-class Method(Atom):
-    """`bound`: taken from an instance, so that `self` is not an argument."""
-
-    owner: str
-    name: str
-    bound: bool
-
-
-@dataclass(frozen=True)
-class Function(Atom):
-    name: str
-
-
-@dataclass(frozen=True)
-class Maker(Atom):
-    """Gives an `_MADE` after so many calls."""
-
-    calls: int
-
-
-@dataclass(frozen=True)
-class Many(Atom):
-    """Something to iterate over."""
-
-    item: Value
-
-
-@dataclass(frozen=True)
-class Fixed(Atom):
-    """A tuple."""
-
-    items: tuple[Value, ...]
-
-
-@dataclass(frozen=True)
-class Table(Atom):
-    """A dictionary."""
-
-    key: Value
-    value: Value
-
-
-@dataclass(frozen=True)
-class TableMethod(Atom):
-    table: Table
-    name: str
-
-
-@dataclass(frozen=True)
-class Context(Atom):
-    """What a function made by `contextmanager` returns."""
-
-    yields: Value
-
-
-@dataclass(frozen=True)
-class File(Atom):
-    """A module of the program."""
-
-    name: str
-
-
-@dataclass(frozen=True, eq=False)
-class Code(Atom):
-    """A function of the program; `owner` is its class. `bound`: taken from an object of it."""
-
-    node: ast.FunctionDef | ast.AsyncFunctionDef
-    owner: ast.ClassDef | None
-    bound: bool = False
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Code) and (self.node, self.bound) == (other.node, other.bound)
-
-    def __hash__(self) -> int:
-        return hash((self.node, self.bound))
-
-
-@dataclass(frozen=True)
-class Kind(Atom):
-    """A class of the program."""
-
-    node: ast.ClassDef
-
-
-@dataclass(frozen=True)
-class Object(Atom):
-    node: ast.ClassDef
-    parents_only: bool = False  # super()
-
-
-NOTHING: Value = frozenset()
-OTHER: Value = frozenset({Other()})
-
-
-@dataclass(eq=False)
-class Scope:
-    """Names of a function, class body or file. `here` is what they are at this point, `ever` what they may be at all."""
-
-    file: str
-    parent: Scope | None = None
-    function: ast.AST | None = None
-    owner: ast.ClassDef | None = None
-    here: dict[str, Value] = field(default_factory=dict)
-    ever: dict[str, Value] = field(default_factory=dict)
-
-    def bind(self, name: str, value: Value) -> None:
-        self.here[name] = value
-        self.ever[name] = self.ever.get(name, NOTHING) | value
-
-    def find(self, name: str) -> Value:
-        if name in self.here:
-            return self.here[name]
-        scope: Scope | None = self
-        while scope is not None:
-            if name in scope.ever:
-                return scope.ever[name]
-            scope = scope.parent
-        return NOTHING
 
 
 def problems(sources: Mapping[str, str], version: str, within: Iterable[str] | None = None) -> list[Problem]:
@@ -392,7 +260,7 @@ class _Run:
                         scope.bind(part.name, OTHER)
             if self.block(body, scope):
                 ends.append(scope.here)
-        scope.here = _joined(ends or [start])
+        scope.here = joined(ends or [start])
         return bool(ends) or patterns is not None
 
     def loop(self, node: ast.For | ast.AsyncFor | ast.While, scope: Scope) -> bool:
@@ -404,7 +272,7 @@ class _Run:
             else:
                 self.assign(node.target, self.item(self.eval(node.iter, scope)), scope)
             self.block(node.body, scope)
-            scope.here = _joined([before, scope.here])
+            scope.here = joined([before, scope.here])
         self.block(node.orelse, scope)
         return True
 
@@ -412,7 +280,7 @@ class _Run:
         before = dict(scope.here)
         goes_on = self.block(node.body, scope) and self.block(node.orelse, scope)
         ends = [scope.here] if goes_on else []
-        middle = _joined([before, scope.here])
+        middle = joined([before, scope.here])
         for handler in node.handlers:
             scope.here = dict(middle)
             if handler.type is not None:
@@ -421,7 +289,7 @@ class _Run:
                 scope.bind(handler.name, OTHER)
             if self.block(handler.body, scope):
                 ends.append(scope.here)
-        scope.here = _joined(ends or [middle])
+        scope.here = joined(ends or [middle])
         return self.block(node.finalbody, scope) and bool(ends)
 
     def assign(self, target: ast.expr, value: Value, scope: Scope) -> None:
@@ -502,10 +370,10 @@ class _Run:
             case ast.Tuple():
                 return frozenset({Fixed(tuple(self.eval(element, scope) for element in node.elts))})
             case ast.List() | ast.Set():
-                return frozenset({Many(_union(self.eval(element, scope) for element in node.elts))})
+                return frozenset({Many(union(self.eval(element, scope) for element in node.elts))})
             case ast.Dict():
-                keys = _union(self.eval(key, scope) for key in node.keys if key is not None)
-                return frozenset({Table(keys, _union(self.eval(value, scope) for value in node.values))})
+                keys = union(self.eval(key, scope) for key in node.keys if key is not None)
+                return frozenset({Table(keys, union(self.eval(value, scope) for value in node.values))})
             case ast.ListComp() | ast.SetComp() | ast.GeneratorExp():
                 if not self.generators(node.generators, scope):
                     return frozenset({Many(NOTHING)})
@@ -586,7 +454,7 @@ class _Run:
                 case Many():
                     result |= atom.item
                 case Fixed():
-                    result |= _union(atom.items)
+                    result |= union(atom.items)
                 case Table():
                     result |= atom.key
                 case Instance(name="INetworkDefinition"):
@@ -855,10 +723,10 @@ class _Run:
             match atom:
                 case Method():
                     member = self.version.names[atom.owner].members[atom.name]
-                    value |= _union(self.typed(overload.returns) for overload in member.signatures)
+                    value |= union(self.typed(overload.returns) for overload in member.signatures)
                 case Function():
                     signatures = self.version.names[atom.name].members["__call__"].signatures
-                    value |= _union(self.typed(overload.returns) for overload in signatures)
+                    value |= union(self.typed(overload.returns) for overload in signatures)
                 case Code():
                     returned = self.returns.get(atom.node, NOTHING)
                     if _decorated(atom.node, "contextmanager", "asynccontextmanager"):
@@ -987,14 +855,6 @@ def _decorated(node: ast.FunctionDef | ast.AsyncFunctionDef, *names: str) -> boo
         (d.id if isinstance(d, ast.Name) else d.attr if isinstance(d, ast.Attribute) else "") in names
         for d in node.decorator_list
     )
-
-
-def _joined(ends: list[dict[str, Value]]) -> dict[str, Value]:
-    return {name: _union(end.get(name, OTHER) for end in ends) for name in {key for end in ends for key in end}}
-
-
-def _union(values: Iterable[Value]) -> Value:
-    return frozenset().union(*values)
 
 
 def _followed(value: Value) -> Value:

@@ -11,7 +11,7 @@ from typing import Any
 import tensorrt_rtx as trt
 
 
-class Log(trt.ILogger):  # type: ignore[misc]
+class Log(trt.ILogger):
     def __init__(self) -> None:
         trt.ILogger.__init__(self)
         self.messages: list[str] = []
