@@ -161,7 +161,7 @@ def _options(
         tile=latents,
         steps=steps,
         batch=batch,
-        workspace=None if workspace is None else int(1e9 * workspace),
+        workspace=None if workspace is None else round(1e9 * workspace),
         version_compatible=version_compatible,
         optimization_level=optimization_level,
     )

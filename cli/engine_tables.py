@@ -10,8 +10,8 @@ import click
 
 from ..bundle.errors import BundleError, UsageError
 from ..bundle.manifest import Manifest
-from ..engines.engine_set import EngineSet, read_engine_set
-from ..engines.fit import ENGINES_FOLDER, check_fit
+from ..engines.engine_set import ENGINES_FOLDER, EngineSet, read_engine_set
+from ..engines.fit import check_fit
 from ..engines.machine import look_at_machine
 from ..engines.mismatch import Request
 from ..engines.profiles import default_size

@@ -30,6 +30,8 @@ from ..bundle.store import Bundle
 from ..bundle.tensors import sha256_of
 from .builder import EngineJob
 from .engine_set import (
+    ANYWHERE,
+    ENGINES_FOLDER,
     ENGINES_NAME,
     SET_FORMAT,
     SET_VERSION,
@@ -50,7 +52,6 @@ from .worker import Answer
 
 __all__ = ["BuildPlan", "Built", "Watcher", "build_set", "plan_builds"]
 
-ENGINES_FOLDER = "engines"
 _RECORD, _OLD = ".entry.json", ".old"
 _PATIENCE = 5.0  # seconds that a cancelled compiler gets to stop by itself
 
@@ -121,7 +122,7 @@ def plan_builds(
             targets=tuple(sorted(group, key=lambda target: target.name)),
             flavour=chosen,
             library_version=installed_version(chosen, machine),
-            platform="any" if chosen == "rtx" else platform_name(),  # engines of TensorRT-RTX serve Windows and Linux alike
+            platform=ANYWHERE if chosen == "rtx" else platform_name(),
             options=options,
             activation_budget=int(1e9 * min(target.memory_gb for target in group)),
         )
@@ -242,9 +243,10 @@ def plan_names(plan: BuildPlan) -> tuple[str, ...]:
 
 
 def _provenance() -> dict[str, str]:
-    versions = {"dynamictrl-edge": importlib.metadata.version("dynamictrl-edge")}
-    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-        versions["polygraphy"] = importlib.metadata.version("polygraphy")
+    versions = {}
+    for package in ("dynamictrl-edge", "polygraphy"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[package] = importlib.metadata.version(package)
     return versions
 
 

@@ -12,6 +12,8 @@ from ..bundle.manifest import Manifest
 from .targets import Capability, Flavour
 
 __all__ = [
+    "ANYWHERE",
+    "ENGINES_FOLDER",
     "ENGINES_NAME",
     "SET_FORMAT",
     "SET_VERSION",
@@ -26,7 +28,9 @@ __all__ = [
     "write_engine_set",
 ]
 
+ENGINES_FOLDER = "engines"  # of the bundle; one folder per set
 ENGINES_NAME = "engines.json"
+ANYWHERE = "any"  # `EngineSet.platform` of engines that any system can run, as those of TensorRT-RTX
 SET_FORMAT = "dynamictrl-edge-engines"
 SET_VERSION = 1
 
@@ -90,7 +94,7 @@ class EngineSet(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
     precision: str
     flavour: Flavour
     library_version: str
-    platform: str  # "any" (TensorRT-RTX), or as `platform_name()` gives it: "linux-x86_64"
+    platform: str  # ANYWHERE, or as `platform_name()` gives it: "linux-x86_64"
     capabilities: tuple[Capability, ...]
     targets: tuple[str, ...]
     options: BuildOptions

@@ -9,7 +9,8 @@ What is assumed of NVIDIA's libraries, from their manuals:
 - TensorRT-RTX: an engine runs with the very release that built it ("not compatible between different releases").
 - TensorRT: likewise, unless it was built version-compatible: then also with later versions, with the lean runtime too. Across
   major versions only some pairs work, so the major must be the same here.
-- Engines are for the compute capabilities that they were built for, and for the operating system of their builder.
+- Engines are for the compute capabilities that they were built for. TensorRT's are for the operating system and processor of
+  their builder, too; TensorRT-RTX's are portable.
 - A library made for CUDA 12 needs driver 525, one for CUDA 13 driver 580 (Windows: 528 and 580). On Jetson the driver belongs to
   JetPack and has other numbers; there it is not compared.
 """
@@ -25,7 +26,16 @@ from ..bundle.errors import BundleError
 from ..bundle.manifest import Manifest, inside
 from ..bundle.precision import PRECISIONS
 from ..bundle.tensors import sha256_of
-from .engine_set import SET_VERSION, ClipSize, EngineSet, engine_key, graph_digest, read_engine_set
+from .engine_set import (
+    ANYWHERE,
+    ENGINES_FOLDER,
+    SET_VERSION,
+    ClipSize,
+    EngineSet,
+    engine_key,
+    graph_digest,
+    read_engine_set,
+)
 from .lengths import lengths_of
 from .machine import LEAN, LIBRARIES, OLDEST, Machine, needed_driver, release
 from .mend import ON_PROCESSOR, build_command, name_of, pip_command, target_here
@@ -33,9 +43,7 @@ from .mismatch import Fit, Mismatch, Request
 from .profiles import Profile, buildable_graphs, profile_of
 from .targets import TARGETS, Flavour, capability_name, types_of
 
-__all__ = ["ENGINES_FOLDER", "Fit", "Mismatch", "Request", "check_fit", "find_fitting", "same_version"]
-
-ENGINES_FOLDER = "engines"
+__all__ = ["Fit", "Mismatch", "Request", "check_fit", "find_fitting", "same_version"]
 
 
 def check_fit(engines: EngineSet, folder: Path, manifest: Manifest, machine: Machine, request: Request) -> Fit:
@@ -80,6 +88,11 @@ def find_fitting(bundle_root: Path, manifest: Manifest, machine: Machine, reques
             refused.append((folder, fit))
     if fitting:
         return min(fitting, key=lambda found: _preference(found[1], request.size))
+    if not refused and machine.gpu is None:
+        raise BundleError(
+            f"The bundle {str(bundle_root)!r} has no engines, and this machine no NVIDIA GPU to run them "
+            f"({machine.no_gpu or 'none found'}). Use the processor: {ON_PROCESSOR}"
+        )
     if not refused:
         raise BundleError(
             f"The bundle {str(bundle_root)!r} has no engines. Build them: "
@@ -176,7 +189,7 @@ class _Case:
                 f"The bundle is in {precision}; {here} and has {', '.join(offered)}. "
                 f"Export for it: dynamictrl export CHECKPOINT BUNDLE --precision {offered[-1]}",
             )
-        if engines.platform != self.machine.platform:
+        if engines.platform not in (ANYWHERE, self.machine.platform):
             return Fit(
                 Mismatch.PLATFORM,
                 f"The engines were built on {engines.platform}; this machine is {self.machine.platform}. "
@@ -189,7 +202,7 @@ class _Case:
     def _library(self) -> Fit | None:
         engines, machine = self.engines, self.machine
         flavour, built = engines.flavour, engines.library_version
-        library, compatible = LIBRARIES[flavour], engines.options.version_compatible
+        library, compatible = LIBRARIES[flavour], self._compatible
         whole, lean = self._installed()
         install = pip_command(library.package, built)
         if whole is None and lean is None:
@@ -223,21 +236,25 @@ class _Case:
         flavour = self.engines.flavour
         return self.machine.flavours.get(flavour), self.machine.lean if flavour == "tensorrt" else None
 
+    @property
+    def _compatible(self) -> bool:
+        """Whether later versions than the builder's can run the engines: TensorRT-RTX knows nothing of the kind."""
+        return self.engines.flavour == "tensorrt" and self.engines.options.version_compatible
+
     def _runner(self) -> str | None:
         """The installed package that can run these engines, the whole library before the lean runtime."""
         whole, lean = self._installed()
-        compatible = self.engines.flavour == "tensorrt" and self.engines.options.version_compatible
-        if whole is not None and self._runs_with(whole, compatible):
+        if whole is not None and self._runs_with(whole):
             return LIBRARIES[self.engines.flavour].package
-        if lean is not None and compatible and self._runs_with(lean, compatible):
+        if lean is not None and self._compatible and self._runs_with(lean):
             return LEAN.package
         return None
 
-    def _runs_with(self, version: str, compatible: bool) -> bool:
+    def _runs_with(self, version: str) -> bool:
         built = self.engines.library_version
         here, there = release(version), release(built)
-        later = bool(there) and here[:1] == there[:1] and here >= there
-        return same_version(version, built) or (compatible and later)
+        later = bool(there) and here[:1] == there[:1] and here > there
+        return same_version(version, built) or (self._compatible and later)
 
     def _driver(self) -> Fit | None:
         gpu, runner = self.machine.gpu, self._runner()

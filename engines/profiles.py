@@ -81,7 +81,7 @@ def axes_of(manifest: Manifest, options: BuildOptions) -> dict[str, Extent]:
         "conditioning": {"B": prompts, "L": text, "N": box, **latents},
         "stem": {"N": box, **latents},
         "block": {"B": halves, "N": tokens, "L": text, "S": sequence},
-        "head": {"B": halves, "N": box, **latents},
+        "head": {"B": prompts, "N": box, **latents},  # both halves at once, however the block takes them
         "text_block": {"B": prompts, "S": text},
     }
     by_graph.update({name: _vae_axes(manifest, name, options.tile, made) for name in manifest.graphs if "vae_" in name})

@@ -141,8 +141,9 @@ _LINE = re.compile(
     rf"(?:Constants: (?P<constants>{_LIST}), )?Outputs: (?P<outputs>{_LIST})(?P<rest>(?:, .*)?)",
     re.DOTALL,
 )
+_TENSORS = ("inputs", "constants", "outputs")
 _OPERAND = re.compile(
-    r"\{ Name: (.*?), (?:Location: \w+, )?Dimensions: \[([-\d, ]*)\], (.*?)\}(?=, \{ Name: |\]\Z)", re.DOTALL
+    r"\{ Name: (.*?), (?:Location: \w+, )?Dimensions: \[((?:-?\d+, ?)*-?\d+|)\], (.*?)\}(?=, \{ Name: |\]\Z)", re.DOTALL
 )
 _TACTIC = re.compile(r", TacticName: (.*?)(?:, TacticValue: [^,]*)?, StreamId: ", re.DOTALL)
 _METADATA = re.compile(r", StreamId: \d+.*?, Metadata: (.*)", re.DOTALL)
@@ -208,7 +209,7 @@ def _incomplete(graph: str, what: str) -> BundleError:
 def _kernel(graph: str, entry: str) -> Kernel:
     """One line of the list of layers, without the word `Name: ` that begins it."""
     found = _LINE.fullmatch(entry)
-    if found is None:
+    if found is None or any(_OPERAND.sub("", found[part] or "").strip("[, ]") for part in _TENSORS):
         raise BundleError(
             f"The compiler's log of graph {graph!r} describes a layer in a form that this program cannot read: "
             f"'{entry[:200]}'. Please report it, with the version of TensorRT."
@@ -227,9 +228,7 @@ def _kernel(graph: str, entry: str) -> Kernel:
 
 def _operands(text: str) -> tuple[Operand, ...]:
     return tuple(
-        Operand(
-            name, _dtype(rest.rpartition("Datatype: ")[2]), tuple(map(int, shape.split(","))) if shape.strip() else ()
-        )
+        Operand(name, _dtype(rest.rpartition("Datatype: ")[2]), tuple(map(int, filter(None, shape.split(",")))))
         for name, shape, rest in _OPERAND.findall(text)
     )
 

@@ -22,11 +22,8 @@ ATTENTION_GRAPHS = ("block", "text_block")
 NARROWEST_HEAD = 9  # TensorRT-RTX fuses attention whose heads are wider than 8, for every capability
 CONSTANTS_LIMIT = 4_000_000  # bytes that an engine may hold where the bundle gives weights as inputs
 
-_TYPES: dict[Precision, str] = {
-    "fp32": "float",
-    "fp16": "half",
-    "bf16": "bfloat16",
-}  # a precision in the compiler's words
+# precisions in the compiler's words
+_TYPES: dict[Precision, str] = {"fp32": "float", "fp16": "half", "bf16": "bfloat16"}
 _HOST_KINDS = frozenset({"cjmp", "jmp"})
 
 
@@ -58,9 +55,9 @@ def expectation(
 ) -> Expectation:
     """What the engine of a bundle's graph must be.
 
-    Attention must be fused in `block` and `text_block`, but for two cases in which no fused kernel exists: float32, and heads
-    of 8 or less, as toy models have (`head_size`: width of one head; None: wide enough). The `vae_*` graphs hold their weights as
-    constants, all others take them as inputs.
+    Attention must be fused in `block` and `text_block`, but for two cases in which no fused kernel exists: float32, and
+    heads of 8 or less, as toy models have (`head_size`: width of one head; None: wide enough). The `vae_*` graphs hold
+    their weights as constants, all others take them as inputs.
 
     Args:
         precision: floating type of the bundle; of a quantized one, that of what is not quantized.
@@ -169,18 +166,18 @@ def _is_real(kernel: Kernel, dtype: str | None) -> bool:
 
 
 def _types(kernels: Sequence[Kernel], expected: Expectation) -> Iterator[str]:
-    """Mixed factors are fine: the kernel narrows one while it reads."""
-    wrong: dict[str, list[Kernel]] = {}
+    """One factor of an asked type is enough: the kernel narrows the other while it reads. What is unknown is not judged."""
+    wrong: dict[frozenset[str], list[Kernel]] = {}
     for kernel in kernels:
-        types = set(kernel.types)
-        if kernel.product and len(types) == 1 and not types & expected.types:
-            wrong.setdefault(types.pop(), []).append(kernel)
+        types = frozenset(kernel.types) - {"unknown"}
+        if kernel.product and types and not types & expected.types:
+            wrong.setdefault(types, []).append(kernel)
     asked = " and ".join(sorted(map(_in_words, expected.types)))
-    for dtype, found in wrong.items():
-        means = "several times slower" if dtype == "float" else "of another range and exactness"
+    for types, found in wrong.items():
+        means = "several times slower" if "float" in types else "of another range and exactness"
         yield (
-            f"Matrices are multiplied in {_in_words(dtype)}, where {asked} was asked: {_listed(found)}. That is {means}; the "
-            "types stand in the graph. Export the checkpoint again with this version."
+            f"Matrices are multiplied in {' and '.join(sorted(map(_in_words, types)))}, where {asked} was asked: "
+            f"{_listed(found)}. That is {means}; the types stand in the graph. Export the checkpoint again with this version."
         )
 
 

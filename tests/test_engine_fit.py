@@ -21,6 +21,7 @@ from dynamictrl_edge.bundle.errors import BundleError, UsageError
 from dynamictrl_edge.bundle.manifest import GraphSpec, Manifest, Port
 from dynamictrl_edge.engines import fit as subject
 from dynamictrl_edge.engines.engine_set import (
+    ENGINES_FOLDER,
     ENGINES_NAME,
     SET_FORMAT,
     SET_VERSION,
@@ -33,7 +34,7 @@ from dynamictrl_edge.engines.engine_set import (
     graph_digest,
     write_engine_set,
 )
-from dynamictrl_edge.engines.fit import ENGINES_FOLDER, Fit, Mismatch, Request, check_fit, find_fitting, same_version
+from dynamictrl_edge.engines.fit import Fit, Mismatch, Request, check_fit, find_fitting, same_version
 from dynamictrl_edge.engines.machine import Gpu, Machine
 from dynamictrl_edge.engines.mend import build_command
 from dynamictrl_edge.engines.profiles import axes_of, buildable_graphs, parse_size, profile_of
@@ -57,6 +58,7 @@ GRAPHS = {
         ("rope_cos", ("S", 32)),
         ("qkv_weight", (128, 384)),
     ),
+    "head": (("video", ("B", "N", 128)), ("latents", (1, "F", 16, "H", "W"))),
     "block_cpu": (("video", ("B", "N", 128)),),
     "modulation": (("time_sinusoid", ("T", 128)),),
     "vae_decoder_next": (("state_in.a", (1, 16, 2, "2*latent_height", "2*latent_width")),),
@@ -134,7 +136,7 @@ def made(
     facts: dict[str, Any] = {
         "flavour": "rtx",
         "library_version": RTX,
-        "platform": "linux-x86_64",
+        "platform": "any" if changes.get("flavour", "rtx") == "rtx" else "linux-x86_64",
         "capabilities": ((8, 6), (8, 9)),
         **changes,
     }
@@ -257,7 +259,7 @@ GPU = "NVIDIA GeForce RTX 4090"
 HERE, DAMAGED = "--target rtx4090", "--target rtx30 --target rtx4090 .*--force"
 CASES = [
     Case(Mismatch.FORMAT, lambda p, _: p.of_set(version=7), ("version 7", "version 1"), "dynamictrl build"),
-    Case(Mismatch.EMPTY, lambda p, _: p.of_set(engines={}), ("no engines", "4 graphs"), "dynamictrl build"),
+    Case(Mismatch.EMPTY, lambda p, _: p.of_set(engines={}), ("no engines", "5 graphs"), "dynamictrl build"),
     Case(
         Mismatch.BACKEND,
         lambda p, _: p.of_request(backend="tensorrt"),
@@ -284,7 +286,7 @@ CASES = [
     ),
     Case(
         Mismatch.PLATFORM,
-        lambda p, _: p.of_machine(platform="windows-amd64"),
+        of_tensorrt(lambda p: p.of_machine(platform="windows-amd64")),
         ("linux-x86_64", "windows-amd64"),
         f"dynamictrl build .* {HERE}",
     ),
@@ -339,13 +341,13 @@ CASES = [
     Case(
         Mismatch.GRAPH_MISSING,
         lambda p, _: p.of_set(engines=without(p.engines.engines, "modulation")),
-        ("'modulation'", "stem, block, vae_decoder_next"),
+        ("'modulation'", "stem, block, head, vae_decoder_next"),
         "dynamictrl build",
     ),
     Case(
         Mismatch.GRAPH_UNKNOWN,
         lambda p, _: p.of_manifest(graphs=without(p.manifest.graphs, "modulation")),
-        ("'modulation'", "stem, block, vae_decoder_next"),
+        ("'modulation'", "stem, block, head, vae_decoder_next"),
         "dynamictrl build",
     ),
     Case(
@@ -513,7 +515,7 @@ def test_a_driver_that_is_new_enough_or_unknown_is_no_reason(driver: str | None,
 def test_drivers_are_held_against_the_cuda_of_the_library(cuda: int, driver: int, windows: bool, fitting: Pair) -> None:
     platform = "windows-amd64" if windows else "linux-x86_64"
     pair = fitting.of_machine(cuda={"tensorrt-rtx": cuda, "tensorrt": 99}, platform=platform)
-    pair = rekeyed(pair.of_gpu(driver=f"{driver}.99").of_set(platform=platform))
+    pair = pair.of_gpu(driver=f"{driver}.99")
     needed = {11: (450, 452), 12: (525, 528), 13: (580, 580), 14: (0, 0)}[cuda][windows]
     assert pair.fit().ok == (driver >= needed)
 
@@ -531,6 +533,11 @@ def rekeyed(pair: Pair) -> Pair:
         engines.options,
     )
     return pair.of_set(key=key)
+
+
+@pytest.mark.parametrize("platform", ["linux-x86_64", "linux-aarch64", "windows-amd64"])
+def test_engines_of_tensorrt_rtx_run_on_any_system(platform: str, fitting: Pair) -> None:
+    assert fitting.of_machine(platform=platform).fit()
 
 
 def test_jetsons_drivers_have_numbers_of_their_own(tmp_path: Path) -> None:
@@ -606,6 +613,17 @@ def test_the_lean_runtime_serves_where_the_whole_library_does_not(compatible: Pa
     assert old.mismatch is Mismatch.DRIVER and "tensorrt-lean" in old.reason
 
 
+def test_the_lean_runtime_does_not_serve_what_is_not_version_compatible(tmp_path: Path) -> None:
+    pair = made(tmp_path / "bundle", flavour="tensorrt", library_version=TENSORRT)
+    assert pair.of_machine(flavours={"tensorrt": "10.3.0"}, lean=TENSORRT).fit().mismatch is Mismatch.VERSION
+
+
+def test_engines_of_tensorrt_rtx_are_never_version_compatible(tmp_path: Path) -> None:
+    pair = made(tmp_path / "bundle", msgspec.structs.replace(OPTIONS, version_compatible=True))
+    assert pair.of_machine(flavours={"rtx": "1.8.0.2"}).fit().mismatch is Mismatch.VERSION
+    assert pair.of_machine(flavours={}, lean=RTX).fit().mismatch is Mismatch.NOT_INSTALLED
+
+
 @given(VERSIONS, st.integers(1, 4), VERSIONS)
 def test_a_version_without_its_build_number_is_the_same_release(
     one: tuple[int, ...], known: int, other: tuple[int, ...]
@@ -652,8 +670,9 @@ def test_a_clip_that_the_model_cannot_make_is_a_wrong_use(fitting: Pair) -> None
         fitting.sized(100, 160, 9).fit()
 
 
-def test_the_memory_of_a_gpu_may_be_unknown(fitting: Pair) -> None:
+def test_the_memory_of_a_gpu_may_be_unknown_or_just_enough(fitting: Pair) -> None:
     assert fitting.of_gpu(memory_bytes=None).fit()
+    assert fitting.of_gpu(memory_bytes=2_500_000_000).fit()
 
 
 # --- files ---
@@ -735,8 +754,8 @@ def test_without_engines_the_command_that_builds_them_is_told(tmp_path: Path) ->
     shutil.rmtree(tmp_path / "bundle/engines")
     with pytest.raises(BundleError, match=f"has no engines. .* {HERE} --backend tensorrt --size 32x32x33$"):
         find(pair.of_request(size=LONG, backend="tensorrt"))
-    with pytest.raises(BundleError, match="--target local"):
-        find(pair.of_machine(gpu=None))
+    with pytest.raises(BundleError, match=r"no engines, and .* no NVIDIA GPU .*hidden.* --backend onnxruntime$"):
+        find(pair.of_machine(gpu=None, no_gpu="hidden"))
 
 
 def test_the_reason_of_the_nearest_set_is_told(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from dynamictrl_edge.bundle.errors import UsageError
 from dynamictrl_edge.bundle.precision import Precision
-from dynamictrl_edge.engines.report import LayerReport, parse_log
+from dynamictrl_edge.engines.report import Kernel, LayerReport, Operand, parse_log
 from dynamictrl_edge.engines.rules import QuantizedType, broken_rules, expectation, head_size
 from tests.bundle_samples import TEXT, small_manifest
 from tests.layer_logs import Case, built, recorded
@@ -208,6 +208,35 @@ def test_one_linear_too_few_is_noticed(reports: dict[str, LayerReport]) -> None:
     assert "only_linear" in reason  # quantized weights alone are no quantized linear
 
 
+def kernel(kind: str, *types: str) -> Kernel:
+    operands = tuple(Operand("x", dtype, (-1, 64)) for dtype in types)
+    name = "__myl_FcAdd_myl0_1" if kind == "runtime_fusion" else "fc_myl0_1"
+    return Kernel(name=name, kind=kind, tactic="", inputs=operands, constants=(), outputs=(), onnx=("fc",))
+
+
+def alone(made: Kernel) -> LayerReport:
+    return LayerReport(graph="head", kernels=(made,), activation_bytes=0, scratch_bytes=0, weights_bytes=0)
+
+
+@pytest.mark.parametrize(
+    ("made", "real"),
+    [
+        (kernel("gemm", "int8", "int8"), True),
+        (kernel("correlation", "int8", "int8", "half"), True),  # a residual is added in half
+        (kernel("gemm", "int8"), True),  # TensorRT does not list a weight that is a constant
+        (kernel("gemm", "int8", "half"), False),
+        (kernel("gemm", "half", "half"), False),
+        (kernel("gemm"), False),
+        (kernel("runtime_fusion", "int8", "int8"), False),
+        (kernel("kgen", "int8", "int8"), False),
+    ],
+)
+def test_a_quantized_linear_is_a_product_whose_factors_both_have_the_type(made: Kernel, real: bool) -> None:
+    reasons = broken_rules(alone(made), expectation("head", "fp16", quantized_linears=1, quantized_type="int8"))
+    assert (reasons == []) is real
+    assert real or reasons[0].startswith("Only 0 of 1")
+
+
 @pytest.mark.parametrize("graph", ["block", "text_block"])
 def test_scores_in_float32_break_the_fusion_of_attention(graph: str, reports: dict[str, LayerReport]) -> None:
     reasons = broken_rules(reports["attention, scores in float32"], expectation(graph, "fp16", head_size=64))
@@ -250,6 +279,24 @@ def test_products_in_a_type_that_was_not_asked_are_refused(
     (reason,) = broken_rules(reports[case], expectation("vae_decoder_next", precision))
     for word in words:
         assert word in reason
+
+
+def test_one_factor_of_the_asked_type_is_enough_and_unknown_types_are_not_judged() -> None:
+    wanted = expectation("head", "bf16")
+    for types in (("float", "bfloat16"), ("unknown", "unknown"), ()):
+        assert broken_rules(alone(kernel("gemm", *types)), wanted) == []
+    (reason,) = broken_rules(alone(kernel("gemm", "float", "half")), wanted)
+    assert "multiplied in float16 and float32, where bfloat16 was asked" in reason
+
+
+def test_a_product_with_one_row_reads_a_weight_but_rewrites_nothing() -> None:
+    made = msgspec.structs.replace(
+        kernel("kgen"), inputs=(Operand("ofs_weight", "half", (64, 64)),), outputs=(Operand("y", "half", (1, 64)),)
+    )
+    assert broken_rules(alone(made), expectation("head", "fp16")) == []
+    copied = msgspec.structs.replace(made, outputs=(Operand("y", "half", (1, 64, 64)),))
+    assert "ofs_weight" in broken_rules(alone(copied), expectation("head", "fp16"))[0]
+    assert broken_rules(alone(copied), expectation("vae_encoder_next", "fp16")) == []
 
 
 def test_in_an_engine_of_two_profiles_each_is_held_against_the_rules(reports: dict[str, LayerReport]) -> None:

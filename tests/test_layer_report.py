@@ -180,7 +180,7 @@ def test_whatever_the_names_are_a_log_is_read_back(made: list[Kernel]) -> None:
     assert parse_log("g", [*MEMORY, log]).kernels == tuple(made)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(st.data())
 def test_a_torn_list_of_layers_is_refused_or_read(data: st.DataObject) -> None:
     text = "\n".join(["Layers:", *[LINE] * 3])
@@ -217,6 +217,12 @@ def test_a_log_that_lacks_something_says_what_and_how_to_get_it(messages: list[s
 def test_a_layer_in_another_form_is_refused_and_shown() -> None:
     with pytest.raises(BundleError, match="Tensors: none"):
         parse_log("head", [*MEMORY, f"Layers:\n{LINE}\nName: odd, Tensors: none"])
+
+
+@pytest.mark.parametrize("shape", ["[-1,]", "[,8]", "[8,,8]", "[eight]", "-1,8"])
+def test_a_tensor_in_another_form_is_not_passed_over(shape: str) -> None:
+    with pytest.raises(BundleError, match="cannot read"):
+        parse_log("head", [*MEMORY, "Layers:\n" + LINE.replace("[-1,8]", shape)])
 
 
 def test_of_several_builds_with_one_logger_the_last_counts() -> None:

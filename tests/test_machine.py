@@ -237,8 +237,8 @@ ALL = {"tensorrt_rtx": HERE, "tensorrt": HERE, "tensorrt_lean": HERE}
         ({"tensorrt": "11.4.0.106"}, {"tensorrt": "11.4.0.106"}, None, {"tensorrt": 13}),
         # The package that the other depends on decides, not one that was left over.
         (
-            {"tensorrt": "10.16.1", "tensorrt_cu12": "10.9.0", "tensorrt_cu13": "10.16.1"},
-            {"tensorrt": "10.16.1"}, None, {"tensorrt": 13},
+            {"tensorrt": "10.16.1", "tensorrt_cu12": "10.16.1", "tensorrt_cu13": "10.14.1"},
+            {"tensorrt": "10.16.1"}, None, {"tensorrt": 12},
         ),
         ({"tensorrt_lean_cu13": "11.4.0.106"}, {}, "11.4.0.106", {"tensorrt-lean": 13}),
     ],
@@ -337,6 +337,7 @@ def local(name: str, capability: tuple[int, int], memory: float | None, unified:
         # Known capability, but not this card: its memory, or its name, is another.
         ("NVIDIA GeForce RTX 4090 Laptop GPU", (8, 9), 16376, "local"),
         ("NVIDIA GH200 480GB", (9, 0), 97871, "local"),
+        ("NVIDIA GH200 144G HBM3e", (9, 0), 143771, "local"),
         ("NVIDIA L40S", (8, 9), 46068, "local"),
         ("NVIDIA A100-SXM4-40GB", (8, 0), 40960, "local"),
         ("NVIDIA B200", (10, 0), 183359, "local"),

@@ -4,7 +4,7 @@
 name once the folder is on PYTHONPATH; every call goes to `folder/calls.jsonl`, which `calls(folder)` reads.
 
 Behaves as measured with TensorRT-RTX 1.7 without a GPU: errors are logged and then told by False, None or -1, never raised;
-an empty file or any text parses "successfully"; a refused profile is noticed when the network is built. Where versions are
+an empty file parses "successfully"; a refused profile is noticed when the network is built. Where versions are
 documented to differ, so does this. Engines are a few bytes that say what they were built with.
 """
 
@@ -37,6 +37,7 @@ class Faults:
 
     parse_error: str = ""  # refuses the graph with this
     build_error: str = ""  # refuses to compile it with this
+    needs_lean: bool = False  # opens no engine that was built without the lean runtime, unless that is loaded
     unopened: str = ""  # builds an engine that cannot be opened, with this
     crash: bool = False  # dies of a signal while it builds
     steps: int = 3  # of its one phase
@@ -44,6 +45,7 @@ class Faults:
     attention: bool = True  # fuses it
     weights: int = 132  # bytes of constants that it reports
     activation: int = 8290304  # bytes
+    padding: int = 0  # bytes that the engine is larger
 
 
 Call = tuple[str, dict[str, Any]]
@@ -162,8 +164,8 @@ class _Compiler:
         plan = self.build(builder, network, config)
         if plan is None:
             return False
-        for start in range(0, len(plan), 64):
-            piece = plan[start : start + 64]
+        for start in range(0, len(plan), 4096):
+            piece = plan[start : start + 4096]
             if writer.write(piece) != len(piece):
                 self.error(
                     builder, "IBuilder::buildSerializedNetworkToStream: Error Code 1: Serialization (write failed)"
@@ -200,7 +202,7 @@ class _Compiler:
             "lean": not self.bit("BuilderFlag", "EXCLUDE_LEAN_RUNTIME", flags),
             "streaming": self.bit("BuilderFlag", "WEIGHT_STREAMING", flags),
         }
-        return _MAGIC + json.dumps(facts).encode()
+        return _MAGIC + json.dumps(facts).encode() + bytes(self.faults.padding)
 
     def refusal(self, network: Any, config: Any) -> str:
         """Why the network cannot be built as configured."""
@@ -356,8 +358,6 @@ class _Compiler:
         try:
             graph = onnx.load_from_string(data).graph
         except DecodeError:
-            if data.isascii():
-                return True  # any text, with an empty network, as an empty file
             return self.refuse(parser, "MODEL_DESERIALIZE_FAILED: Failed to parse the ONNX model.")
         folder = Path(path or "").parent
         for tensor in graph.initializer:
@@ -431,9 +431,11 @@ class _Compiler:
         why = self.faults.unopened
         if not data.startswith(_MAGIC):
             why = "Error Code 1: Serialization (Serialization assertion header.magicTag == kEXPECTED_MAGIC_TAG failed.)"
-        facts = json.loads(data[len(_MAGIC) :]) if data.startswith(_MAGIC) else {}
+        facts = json.loads(data[len(_MAGIC) :].rstrip(b"\0")) if data.startswith(_MAGIC) else {}
         if facts.get("compatible") and facts["lean"] and not allowed:
             why = "Error Code 4: API Usage Error (The engine contains host code, which this runtime is not allowed to run.)"
+        if self.faults.needs_lean and facts.get("compatible") and not (facts["lean"] or "lean" in runtime.state):
+            why = "Error Code 4: API Usage Error (The engine has no lean runtime, and none was loaded.)"
         if why:
             self.error(runtime, f"IRuntime::deserializeCudaEngine: {why}")
             return None

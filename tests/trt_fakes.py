@@ -11,6 +11,7 @@ arguments. For a property, it gets the object and gives its value. See `trt_fake
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterable, Iterator
 from types import ModuleType
 from typing import Any, ClassVar
@@ -91,8 +92,9 @@ class _EnumType(type):
     __members__: dict[str, Any]
 
     def __call__(cls, value: int) -> Any:
-        known = next((member for member in cls.__members__.values() if member.value == int(value)), None)
-        return known if known is not None else cls.make("???", int(value))
+        number = operator.index(value)
+        known = next((member for member in cls.__members__.values() if member.value == number), None)
+        return known if known is not None else cls.make("???", number)
 
     def make(cls, name: str, value: int) -> Any:
         made: Any = type.__call__(cls)
@@ -234,7 +236,7 @@ _MANAGED = (
 
 def _class(module: FakeModule, key: str, entry: Name) -> type:
     if key == "IHostMemory":
-        return type(key, (_Memory,), {"__module__": module.__name__})
+        return type(key, (_Memory,), {"__module__": module.__name__, "dtype": property(lambda _: module.DataType.INT8)})
     bases = tuple(getattr(module, base) for base in entry.bases if hasattr(module, base)) or (_BASES.get(key, _Object),)
     inherited = {m for base in entry.bases if base in module.surface.names for m in module.surface.names[base].members}
     body: dict[str, Any] = {"__module__": module.__name__, "_module": module}
