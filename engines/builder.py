@@ -13,7 +13,9 @@ from __future__ import annotations
 
 import hashlib
 import importlib
+import importlib.util
 import os
+import platform
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -25,10 +27,10 @@ import msgspec
 from ..bundle.errors import BundleError, DeviceError, EdgeError, Interrupted
 from .cause import cause_of
 from .profiles import Profile
-from .report import LayerReport, parse_inspector_json, parse_log
+from .report import LayerReport, memory_of, parse_inspector_json, parse_log
 from .targets import Capability, Flavour, capability_name
 
-__all__ = ["MODULES", "EngineJob", "Product", "build_engine", "has", "load_tensorrt"]
+__all__ = ["MODULES", "EngineJob", "Product", "build_engine", "has", "lean_library", "load_tensorrt"]
 
 MODULES: dict[Flavour, str] = {"rtx": "tensorrt_rtx", "tensorrt": "tensorrt"}
 _INSTALL: dict[Flavour, str] = {"rtx": "build,rtx", "tensorrt": "build,tensorrt"}
@@ -108,6 +110,8 @@ def build_engine(job: EngineJob, progress: Progress, trt: ModuleType | None = No
         trt = load_tensorrt(job.flavour)
     start = time.perf_counter()
     log = _make_log(trt)
+    if job.version_compatible:
+        _lean_runtime(job, trt.Runtime(log))  # before minutes of building
     builder = trt.Builder(log)
     # Ignored by versions that know strongly typed networks only.
     flags = 1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
@@ -293,17 +297,39 @@ def _make_writer(trt: ModuleType, write: Callable[[Any], int]) -> Any:
 def _report(trt: ModuleType, job: EngineJob, log: Any) -> LayerReport:
     if job.flavour == "rtx":
         return parse_log(job.graph, log.messages)
-    # TensorRT builds on the GPU itself, so the engine can be opened and asked.
+    # TensorRT builds on the GPU itself, so the engine can be opened and asked; what it holds, only the build's log tells.
+    memory = memory_of(job.graph, log.messages)
     runtime = trt.Runtime(log)
     if job.version_compatible:
-        runtime.engine_host_code_allowed = True
+        runtime = _lean_runtime(job, runtime)
     engine = runtime.deserialize_cuda_engine(Path(job.engine).read_bytes())
     if engine is None:
         raise _refused(job, log, "was built, but its engine cannot be opened")
     inspector = engine.create_engine_inspector()
-    text = inspector.get_engine_information(trt.LayerInformationFormat.JSON)
-    stats = [engine.device_memory_size_v2, engine.streamable_weights_size]
-    return parse_inspector_json(job.graph, text, activation_bytes=int(stats[0]), weights_bytes=int(stats[1]))
+    return parse_inspector_json(job.graph, inspector.get_engine_information(trt.LayerInformationFormat.JSON), **memory)
+
+
+def _lean_runtime(job: EngineJob, runtime: Any) -> Any:
+    """A runtime for engines that are version-compatible and do not carry the lean runtime themselves."""
+    library = lean_library()
+    found = runtime.load_runtime(str(library)) if library is not None else None
+    if found is None:
+        raise DeviceError(
+            f"The version-compatible engine of {job.graph!r} can be checked only with TensorRT's lean runtime. "
+            "Install it in the same version: pip install tensorrt-lean"
+        )
+    return found
+
+
+def lean_library() -> Path | None:
+    """The shared library of TensorRT's lean runtime: from its package, else where the system keeps it (JetPack)."""
+    spec = importlib.util.find_spec("tensorrt_lean_libs")
+    places = [Path(place) for place in (spec.submodule_search_locations or ())] if spec is not None else []
+    places += [Path("/usr/lib") / f"{platform.machine()}-linux-gnu"]
+    for place in places:
+        if libraries := sorted([*place.glob("libnvinfer_lean.so*"), *place.glob("nvinfer_lean*.dll")]):
+            return libraries[0]
+    return None
 
 
 def _refused(job: EngineJob, log: Any, what: str, also: str = "") -> EdgeError:

@@ -20,6 +20,7 @@ __all__ = [
     "Operand",
     "Product",
     "describe",
+    "memory_of",
     "parse_inspector_json",
     "parse_log",
     "read_report",
@@ -134,17 +135,19 @@ class LayerReport(msgspec.Struct, frozen=True, kw_only=True):
 _ATTENTION = re.compile(r"_*gem[mv]_mha|fmha_|_fmha")
 
 _MEMORY = re.compile(r"(Total Activation|Max Scratch|Total Scratch|Total Weights) Memory: (\d+)")
-_LIST = r"\[(?: \{ Name: .*?\})?\]"
 # Names are the graph's and may hold anything, commas and brackets too: what stands between is matched, not split.
+_DIMENSIONS = r", (?:Location: \w+, )?Dimensions: \["
+_NAME = rf"(?:(?!{_DIMENSIONS}).)*"
+_SHAPE = r"(?:-?\d+(?:, ?-?\d+)*)?"
+_FORMAT = r"(?:(?!\}, \{ Name: |\}\]).)*"
+_TENSOR = rf"\{{ Name: {_NAME}{_DIMENSIONS}{_SHAPE}\], {_FORMAT}\}}"
+_LIST = rf"\[(?: {_TENSOR}(?:, {_TENSOR})*)?\]"
 _LINE = re.compile(
     rf"(?P<name>.*?), LayerType: (?P<kind>[^,]*), Inputs: (?P<inputs>{_LIST}), "
     rf"(?:Constants: (?P<constants>{_LIST}), )?Outputs: (?P<outputs>{_LIST})(?P<rest>(?:, .*)?)",
     re.DOTALL,
 )
-_TENSORS = ("inputs", "constants", "outputs")
-_OPERAND = re.compile(
-    r"\{ Name: (.*?), (?:Location: \w+, )?Dimensions: \[((?:-?\d+, ?)*-?\d+|)\], (.*?)\}(?=, \{ Name: |\]\Z)", re.DOTALL
-)
+_OPERAND = re.compile(rf"\{{ Name: ({_NAME}){_DIMENSIONS}({_SHAPE})\], ({_FORMAT})\}}", re.DOTALL)
 _TACTIC = re.compile(r", TacticName: (.*?)(?:, TacticValue: [^,]*)?, StreamId: ", re.DOTALL)
 _METADATA = re.compile(r", StreamId: \d+.*?, Metadata: (.*)", re.DOTALL)
 _NODE = re.compile(r"\[ONNX Layer: (.*?)\](?=[\x1e\x1f]?\[ONNX Layer: |\s*\Z)", re.DOTALL)
@@ -174,29 +177,41 @@ def parse_log(graph: str, messages: Iterable[str]) -> LayerReport:
             them only with profiling verbosity DETAILED and to a logger that takes VERBOSE messages.
     """
     layers: str | None = None
-    memory: dict[str, int] = {}
-    figures: dict[str, int] = {}
+    before: list[str] = []
+    lines: list[str] = []
     for message in messages:
         if message.startswith("Layers:"):
-            layers, memory, figures = message, figures, {}
-        elif found := _MEMORY.match(message):
-            what = found[1].split()[1]
-            figures[what] = max(figures.get(what, 0), int(found[2]))  # one line per profile
+            layers, before, lines = message, lines, []
+        else:
+            lines.append(message)
     if layers is None:
         raise _incomplete(graph, "no list of layers")
-    for what in ("Activation", "Scratch", "Weights"):
-        if what not in memory:
-            raise _incomplete(graph, f"no figure for {what.lower()} memory")
+    memory = memory_of(graph, before)
     text = layers.removeprefix("Layers:").strip("\n").partition("\n\n")[0].partition("\nBindings:")[0]
     if not text.startswith("Name: "):
         raise _incomplete(graph, "names of layers only, or none")
     return LayerReport(
         graph=graph,
         kernels=_by_profile(_kernel(graph, entry) for entry in text.removeprefix("Name: ").split("\nName: ")),
-        activation_bytes=memory["Activation"],
-        scratch_bytes=memory["Scratch"],
-        weights_bytes=memory["Weights"],
+        **memory,
     )
+
+
+def memory_of(graph: str, messages: Iterable[str]) -> dict[str, int]:
+    """`activation_bytes`, `scratch_bytes` and `weights_bytes` as a build's log gives them, the largest of all profiles.
+
+    Raises:
+        BundleError: a figure is missing; the logger must take VERBOSE messages.
+    """
+    figures: dict[str, int] = {}
+    for message in messages:
+        if found := _MEMORY.match(message):
+            what = f"{found[1].split()[1].lower()}_bytes"
+            figures[what] = max(figures.get(what, 0), int(found[2]))
+    for what in ("activation_bytes", "scratch_bytes", "weights_bytes"):
+        if what not in figures:
+            raise _incomplete(graph, f"no figure for {what.removesuffix('_bytes')} memory")
+    return figures
 
 
 def _incomplete(graph: str, what: str) -> BundleError:
@@ -209,7 +224,7 @@ def _incomplete(graph: str, what: str) -> BundleError:
 def _kernel(graph: str, entry: str) -> Kernel:
     """One line of the list of layers, without the word `Name: ` that begins it."""
     found = _LINE.fullmatch(entry)
-    if found is None or any(_OPERAND.sub("", found[part] or "").strip("[, ]") for part in _TENSORS):
+    if found is None:
         raise BundleError(
             f"The compiler's log of graph {graph!r} describes a layer in a form that this program cannot read: "
             f"'{entry[:200]}'. Please report it, with the version of TensorRT."
@@ -293,7 +308,7 @@ def parse_inspector_json(
 ) -> LayerReport:
     """The report in what TensorRT's `EngineInspector.get_engine_information(LayerInformationFormat.JSON)` gives.
 
-    The inspector does not tell memory: the figures are the engine's (`device_memory_size_v2`) or the log's.
+    The inspector does not tell memory: the figures are those of the build's log (`memory_of`).
 
     Raises:
         BundleError: `text` is not such JSON, or has only the layers' names, as for an engine that was built without

@@ -46,7 +46,7 @@ def _lines(bundle: Bundle, options: BuildOptions) -> Iterator[str]:
 
 
 def _flags(options: BuildOptions) -> list[str]:
-    flags = ["--stronglyTyped", "--profilingVerbosity=detailed", "--skipInference"]
+    flags = ["--stronglyTyped", "--noTF32", "--profilingVerbosity=detailed", "--skipInference"]
     if options.version_compatible:
         flags += ["--versionCompatible", "--excludeLeanRuntime"]
     if options.workspace is not None:

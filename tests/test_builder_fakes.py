@@ -26,6 +26,7 @@ from onnx import TensorProto, helper
 from dynamictrl_edge.bundle.errors import BundleError, DeviceError, EdgeError, Interrupted
 from dynamictrl_edge.bundle.store import Bundle
 from dynamictrl_edge.bundle.tensors import sha256_of
+from dynamictrl_edge.engines import builder
 from dynamictrl_edge.engines.build import BuildPlan, build_set
 from dynamictrl_edge.engines.builder import EngineJob, Product, build_engine
 from dynamictrl_edge.engines.engine_set import BuildOptions
@@ -171,8 +172,19 @@ def test_capabilities_are_set_for_rtx_alone(version: str, fake: Make, tmp_path: 
     assert (count, chosen) == (([2], [(0, "SM75"), (1, "SM89")]) if version == RTX else ([], []))
 
 
+@pytest.fixture
+def lean(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """TensorRT's lean runtime is installed."""
+    library = tmp_path / "libnvinfer_lean.so.10"
+    library.touch()
+    monkeypatch.setattr(builder, "lean_library", lambda: library)
+    return library
+
+
 @pytest.mark.parametrize("version", SDK)
-def test_version_compatible_engines_have_the_flags_of_the_version(version: str, fake: Make, tmp_path: Path) -> None:
+def test_version_compatible_engines_have_the_flags_of_the_version(
+    version: str, fake: Make, tmp_path: Path, lean: Path
+) -> None:
     trt = fake(version)
     build(version, tmp_path, version_compatible=True)
     flags = {c["flag"].name: int(c["flag"]) for c in trt.called("IBuilderConfig.set_flag")}
@@ -181,13 +193,7 @@ def test_version_compatible_engines_have_the_flags_of_the_version(version: str, 
     assert [c["value"] for c in trt.called("Runtime.engine_host_code_allowed")] in ([True], [])
 
 
-@pytest.mark.parametrize(
-    "version",
-    [
-        RTX,
-        *(pytest.param(v, marks=pytest.mark.xfail(strict=True, reason="takes streamable_weights_size")) for v in SDK),
-    ],
-)
+@pytest.mark.parametrize("version", BUILDERS)
 def test_the_report_tells_what_the_engine_holds(version: str, fake: Make, tmp_path: Path) -> None:
     """The engine's `streamable_weights_size` is 0 where weight streaming is off; the log has the figure in every version."""
     fake(version, weights=9_000_000)
@@ -195,14 +201,23 @@ def test_the_report_tells_what_the_engine_holds(version: str, fake: Make, tmp_pa
     assert (report.activation_bytes, report.weights_bytes) == (Faults().activation, 9_000_000)
 
 
-@pytest.mark.xfail(strict=True, reason="opens the engine without a lean runtime")
 @pytest.mark.parametrize("version", SDK)
-def test_an_engine_without_the_lean_runtime_is_reported_too(version: str, fake: Make, tmp_path: Path) -> None:
-    """NVIDIA's manual: such a plan needs the lean runtime of its version, loaded by `Runtime.load_runtime`. Whether the full
-    runtime of that very version takes it as well is not known here."""
+def test_an_engine_without_the_lean_runtime_is_reported_too(
+    version: str, fake: Make, tmp_path: Path, lean: Path
+) -> None:
+    """NVIDIA's manual: such a plan needs the lean runtime of its version, loaded by `Runtime.load_runtime`."""
     fake(version, needs_lean=True)
     _, report = build(version, tmp_path, version_compatible=True)
     assert report.fused_attention == 1
+
+
+@pytest.mark.parametrize("version", SDK)
+def test_without_a_lean_runtime_a_version_compatible_engine_cannot_be_checked(
+    version: str, fake: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(builder, "lean_library", lambda: None)
+    fake(version, needs_lean=True)
+    assert "pip install tensorrt-lean" in refusal(DeviceError, version, tmp_path, version_compatible=True)
 
 
 # What is said when it goes wrong
