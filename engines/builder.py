@@ -316,7 +316,7 @@ def _lean_runtime(job: EngineJob, runtime: Any) -> Any:
     if found is None:
         raise DeviceError(
             f"The version-compatible engine of {job.graph!r} can be checked only with TensorRT's lean runtime. "
-            "Install it in the same version: pip install tensorrt-lean"
+            "Install it, in the version of TensorRT (pip install tensorrt-lean)."
         )
     return found
 

@@ -53,18 +53,18 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> Iterator[Make]:
 
     def make(version: str, **faults: Any) -> FakeModule:
         module = fake_tensorrt(version, Faults(**faults))
-        forget_polygraphy(monkeypatch)  # it chooses its TensorRT once, when it is imported
+        forget_polygraphy()  # it chooses its TensorRT once, when it is imported
         monkeypatch.setenv("POLYGRAPHY_USE_TENSORRT_RTX", "0")
         monkeypatch.setitem(sys.modules, module.__name__, module)
         return module
 
     yield make
-    forget_polygraphy(monkeypatch)
+    forget_polygraphy()
 
 
-def forget_polygraphy(monkeypatch: pytest.MonkeyPatch) -> None:
+def forget_polygraphy() -> None:
     for name in [name for name in sys.modules if name.split(".")[0] == "polygraphy"]:
-        monkeypatch.delitem(sys.modules, name)
+        del sys.modules[name]
 
 
 def attention(domain: str = "", **changes: Any) -> Any:

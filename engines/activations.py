@@ -1,0 +1,149 @@
+"""Bytes of activations that the compiler will plan for an engine, estimated before there is one.
+
+TensorRT-RTX lays an engine's intermediate tensors out in one arena whose size follows from the largest shapes of the profile
+alone: not from the weights' values, the other shapes, or the capability within SM80 and later. So a short formula per graph
+says it: how many tensors of which size are alive at once. The counts were read off the compiler's own reports
+(`benchmarks/results/activation_memory.json`; `docs/memory.md` says how far off the formulas are). Other TensorRT versions
+were not measured. An engine's report always takes precedence over this file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from .model_facts import FLOAT, ModelFacts
+from .targets import Capability
+
+__all__ = ["estimate_activation"]
+
+# What a matrix product that is split among more processors than it has tiles uses for its parts.
+SCRATCH = 8_192_000
+_TURING: Capability = (7, 5)
+_VAE = ("vae_encoder_first", "vae_encoder_next", "vae_decoder_first", "vae_decoder_first_even", "vae_decoder_next")
+
+
+def estimate_activation(
+    graph: str, facts: ModelFacts, axes: Mapping[str, int], *, capability: Capability | None = None
+) -> int:
+    """Bytes of activations of the engine of `graph`, inputs, outputs and weights not counted.
+
+    `axes`: the largest length of each of the graph's named axes ("B", "N", ..., as in the manifest's ports). `capability`: the
+    oldest GPU that the engine is for; None: SM80 or later.
+
+    Raises:
+        ValueError: no such graph.
+        KeyError: an axis of the graph is missing.
+    """
+    if graph in _VAE:
+        return _vae(graph, facts, axes, capability)
+    counts = {
+        "block": _block,
+        "stem": _stem,
+        "head": _head,
+        "conditioning": _conditioning,
+        "modulation": _modulation,
+        "head_modulation": _head_modulation,
+        "text_block": _text_block,
+    }
+    if graph not in counts:
+        raise ValueError(f"there is no graph {graph!r}; there are {', '.join((*counts, *_VAE))}")
+    return counts[graph](facts, axes, capability)
+
+
+def _block(facts: ModelFacts, axes: Mapping[str, int], capability: Capability | None) -> int:
+    """B * S tokens of D channels. In bytes per channel: the feed-forward's inner map has 8 (4 D channels of 2 bytes), its
+    float32 input and both residual streams 12, and so on; two float32 sums per query and key head come on top."""
+    config = facts.transformer
+    b, s, d = axes["B"], axes["N"] + axes["L"], config.width
+    elements = b * s * d
+    sums = 8 * b * s * config.num_attention_heads
+    if facts.base == "fp32":
+        # Not fused: scores and their softmax. From some size on the compiler takes these from the device while it runs, and its
+        # report leaves them out.
+        scores = 2 * FLOAT * b * config.num_attention_heads * s * s
+        return (36 if b == 1 else 48) * elements + sums + scores
+    per_channel = _bytes_per_channel(facts, b, capability)
+    large = per_channel * elements
+    small = (per_channel - 4) * elements + SCRATCH
+    # Weights that are quantized alone are widened before use; 9 of a block's 12 D x D are alive at once.
+    widened = 18 * d * d if facts.precision == "int8-weights" else 0
+    return max(large, small) + sums + widened
+
+
+def _bytes_per_channel(facts: ModelFacts, batch: int, capability: Capability | None) -> int:
+    turing = capability is not None and capability <= _TURING
+    integers = facts.precision in ("int8", "fp8")
+    if batch == 1:
+        return 30 if turing and not integers else 26
+    return 26 + (4 if facts.base == "bf16" else 0) - (4 if integers else 0)
+
+
+def _stem(facts: ModelFacts, axes: Mapping[str, int], capability: Capability | None) -> int:
+    """The patches and their products."""
+    config = facts.transformer
+    return facts.element * axes["N"] * (config.width + config.patch_elements) + SCRATCH
+
+
+def _head(facts: ModelFacts, axes: Mapping[str, int], capability: Capability | None) -> int:
+    config = facts.transformer
+    tokens = axes["B"] * axes["N"]
+    return facts.element * tokens * (config.width + config.patch_elements) + SCRATCH * 5 // 4
+
+
+def _conditioning(facts: ModelFacts, axes: Mapping[str, int], capability: Capability | None) -> int:
+    """Patches of photo and pose, and the prompts; three products with their scratch."""
+    config = facts.transformer
+    patches = 2 * axes["N"] * config.patch_elements
+    prompts = axes["B"] * axes["L"] * config.text_embed_dim
+    return facts.element * (patches + prompts) + 3 * SCRATCH * 5 // 4
+
+
+def _modulation(facts: ModelFacts, axes: Mapping[str, int], capability: Capability | None) -> int:
+    config = facts.transformer
+    rows = axes["T"] * (15 * FLOAT * config.width + 2 * config.time_embed_dim)
+    return rows + (2 if axes["T"] > 1 else 4) * SCRATCH
+
+
+def _head_modulation(facts: ModelFacts, axes: Mapping[str, int], capability: Capability | None) -> int:
+    config = facts.transformer
+    rows = axes["T"] * (2 * FLOAT * config.width + 4 * config.time_embed_dim)
+    return rows + (1 if axes["T"] > 1 else 2) * SCRATCH
+
+
+def _text_block(facts: ModelFacts, axes: Mapping[str, int], capability: Capability | None) -> int:
+    config = facts.text
+    if config is None:
+        return 0
+    tokens = axes["B"] * axes["S"]
+    scores = 0
+    if facts.base == "fp32":
+        scores = 2 * FLOAT * axes["B"] * config.num_heads * axes["S"] ** 2
+    return facts.element * tokens * (3 * config.d_ff + 4 * config.d_model) + scores + SCRATCH
+
+
+def _vae(graph: str, facts: ModelFacts, axes: Mapping[str, int], capability: Capability | None) -> int:
+    """At full resolution a handful of maps is alive: a residual block's input, its normed and its padded form (two frames
+    more), and results. The decoder's last level takes in the second width, and looks at the latents, enlarged."""
+    vae = facts.vae
+    ratio = vae.temporal_compression_ratio
+    pixels = axes["latent_height"] * axes["latent_width"] * vae.spatial_compression**2
+    # Of a level `halvings` further down, whose maps are that much smaller.
+    widths = [width / 4**halvings for halvings, width in enumerate(vae.block_out_channels)]
+    if graph.startswith("vae_encoder"):
+        frames = axes["frames"] if graph == "vae_encoder_first" else _ENCODER_CHUNK
+        maps = (6 * frames + 3) if facts.base == "bf16" else (5 * frames + 2)
+        channels = maps * max(widths)
+    else:
+        latents = axes["latent_frames"] if graph == "vae_decoder_first" else _DECODER_CHUNK
+        frames = ratio * latents - (ratio - 1 if graph == "vae_decoder_first" else 0)
+        turing = capability is not None and capability <= _TURING
+        entering = [4 * width for width in widths[1:]] or widths
+        guide = vae.latent_channels * (1 if max(entering) >= vae.latent_channels else 2)
+        channels = ((5 if turing else 4) * frames + 2) * max(entering) + (frames + 2) * guide
+    small = 4 * SCRATCH if max(vae.block_out_channels) < _WIDE else 0
+    return int(facts.element * channels * pixels) + small
+
+
+_ENCODER_CHUNK = 8  # frames of a later chunk
+_DECODER_CHUNK = 2  # latent frames
+_WIDE = 64  # channels; narrower convolutions are split like the matrix products above
