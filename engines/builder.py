@@ -306,6 +306,12 @@ def _report(trt: ModuleType, job: EngineJob, log: Any) -> LayerReport:
     if engine is None:
         raise _refused(job, log, "was built, but its engine cannot be opened")
     inspector = engine.create_engine_inspector()
+    # Without a context that knows the shapes, the inspector leaves types of dynamic tensors out.
+    context = engine.create_execution_context(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
+    if context is not None:
+        for name, (_, best, _) in job.profile.items():
+            context.set_input_shape(name, best)
+        inspector.execution_context = context
     return parse_inspector_json(job.graph, inspector.get_engine_information(trt.LayerInformationFormat.JSON), **memory)
 
 
