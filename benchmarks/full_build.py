@@ -64,7 +64,8 @@ def build(bundle: Path, names: tuple[str, ...]) -> dict[str, Any]:
     from dynamictrl_edge.engines.build import build_set, plan_builds
     from dynamictrl_edge.engines.engine_set import BuildOptions
     from dynamictrl_edge.engines.machine import look_at_machine
-    from dynamictrl_edge.engines.planner import facts_of, pick_tile
+    from dynamictrl_edge.engines.model_facts import facts_of
+    from dynamictrl_edge.engines.planner import pick_tile
     from dynamictrl_edge.engines.profiles import parse_size
     from dynamictrl_edge.engines.targets import find_target
 

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from ..engines.targets import Target
 
 LOCAL = "local"
+_UNKNOWN_MEMORY = 8_000_000_000  # bytes; for trtexec commands without a target
 
 
 def _list_targets(ctx: click.Context, _param: click.Parameter, value: bool) -> None:
@@ -53,7 +54,7 @@ def _list_targets(ctx: click.Context, _param: click.Parameter, value: bool) -> N
 )
 @click.option("--tile", metavar="WxH", help="Largest VAE tile in pixels.  [by the target's memory]")
 @click.option("--steps", type=int, default=100, show_default=True, help="Most steps of a schedule.")
-@click.option("--batch", type=click.IntRange(1, 2), default=2, show_default=True, help="Guidance halves in one call.")
+@click.option("--batch", type=click.IntRange(1, 2), help="Guidance halves in one call.  [by the target's memory]")
 @click.option("--workspace", type=float, metavar="GB", help="Scratch memory that the compiler may plan with.")
 @click.option("--version-compatible", is_flag=True, help="TensorRT: engines for the lean runtime of later versions.")
 @click.option("--optimization-level", type=click.IntRange(0, 5), help="TensorRT's builder effort.")
@@ -73,7 +74,7 @@ def command(
     sizes: tuple[str, ...],
     tile: str | None,
     steps: int,
-    batch: int,
+    batch: int | None,
     workspace: float | None,
     version_compatible: bool,
     optimization_level: int | None,
@@ -138,29 +139,34 @@ def _options(
     tile: str | None,
     targets: Sequence[Target],
     steps: int,
-    batch: int,
+    batch: int | None,
     workspace: float | None,
     version_compatible: bool,
     optimization_level: int | None,
 ) -> BuildOptions:
     from ..bundle.errors import UsageError
     from ..engines.engine_set import BuildOptions
-    from ..engines.planner import facts_of, pick_tile
+    from ..engines.model_facts import facts_of
+    from ..engines.planner import pick_batch, pick_tile
     from ..engines.profiles import default_size, parse_size
 
     wanted = tuple(parse_size(size) for size in sizes) or (default_size(manifest),)
     if workspace is not None and not workspace > 0:
         raise UsageError(f"--workspace {workspace:g} is not possible: give gigabytes, more than 0.")
+    facts = facts_of(manifest)
+    gpus: list[dict[str, Any]] = [
+        {"budget": round(1e9 * target.memory_gb), "capability": target.capability, "unified": target.unified}
+        for target in targets
+    ] or [{"budget": _UNKNOWN_MEMORY}]
     if tile is not None:
         latents = _tile(tile, manifest.vae.spatial_compression)
-    else:
-        budget = min((target.memory_gb for target in targets), default=8.0)
-        latents = pick_tile(facts_of(manifest), wanted, budget=int(1e9 * budget))
+    else:  # one set serves all targets
+        latents = min((pick_tile(facts, wanted, **gpu) for gpu in gpus), key=lambda tile: tile[0] * tile[1])
     return BuildOptions(
         sizes=wanted,
         tile=latents,
         steps=steps,
-        batch=batch,
+        batch=batch or min(pick_batch(facts, wanted, **gpu) for gpu in gpus),
         workspace=None if workspace is None else round(1e9 * workspace),
         version_compatible=version_compatible,
         optimization_level=optimization_level,
@@ -222,13 +228,14 @@ def _show(built: Built) -> None:
     if not built.fresh:
         note(f"Nothing to do: {built.folder} is complete ({len(engines.engines)} engines). --force builds it again.")
         return
-    table = Table("engine", "MB", "kernels", "fused attention", "activations MB", "seconds")
+    table = Table("", "MB", "kernels", "fused", "work MB", "seconds", caption="work: memory of one call")
+    table.columns[0].no_wrap = True
     for name, entry in engines.engines.items():
         table.add_row(
             name,
             f"{entry.bytes / 1e6:.1f}",
             str(entry.kernels),
-            str(entry.fused_attention),
+            "attention" if entry.fused_attention else "",
             f"{entry.activation_bytes / 1e6:,.1f}",
             f"{entry.seconds:.1f}",
         )

@@ -61,8 +61,8 @@ class ModelFacts:
     def quantized(self) -> bool:
         return self.precision in QUANTIZED
 
-    def quantize(self, precision: str) -> ModelFacts:
-        """The same model with its blocks in `precision`."""
+    def convert(self, precision: str) -> ModelFacts:
+        """The same model in another precision."""
         return model_facts(self.transformer, self.vae, self.text, precision, self.base)
 
 
