@@ -27,8 +27,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path.append(str(Path(__file__).resolve().parents[1]))  # so that this file also runs as a script
 
 from benchmarks.checkpoints import SPECS, transformer_config
 from benchmarks.int8_block import quantize

@@ -30,13 +30,15 @@ def _list_targets(ctx: click.Context, _param: click.Parameter, value: bool) -> N
 
     from ..engines.targets import TARGETS, capability_name
 
-    table = Table("target", "GPU", "precisions", "memory", "backends", "note")
+    table = Table("target", "GPU", "precisions", "GB", "backends", "note")
+    for column in table.columns[:2]:
+        column.no_wrap = True
     for target in TARGETS.values():
         table.add_row(
             target.name,
             capability_name(target.capability),
             " ".join(sorted(target.types)),
-            f"{target.memory_gb:g} GB",
+            f"{target.memory_gb:g}",
             " ".join(target.flavours),
             target.note,
         )

@@ -110,7 +110,8 @@ def _show(bundle: Path, manifest: Manifest, facts: dict[str, Any]) -> None:
     console.print(
         f"[bold]{escape(str(bundle))}[/bold]: {facts['family']}, {facts['precision']}, "
         f"{facts['blocks']} blocks of width {facts['width']}, "
-        f"{facts['total_bytes'] / 1e6:,.1f} MB{', every file verified' if facts['verified'] else ''}"
+        f"{facts['total_bytes'] / 1e6:,.1f} MB{', every file verified' if facts['verified'] else ''}",
+        soft_wrap=True,
     )
     console.print(
         f"Default clip: {defaults['width']}x{defaults['height']}, {defaults['frames']} frames at {defaults['fps']} per second"

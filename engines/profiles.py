@@ -74,13 +74,12 @@ def axes_of(manifest: Manifest, options: BuildOptions) -> dict[str, Extent]:
     prompts = Extent(1, 2, 2)
     times = Extent(1, min(_USUAL_STEPS, options.steps), options.steps)
     latents = {"F": frames, "H": rows, "W": columns}
-    sequence = Extent(*(n + text.most for n in (tokens.least, tokens.best, tokens.most)))
     by_graph: dict[str, dict[str, Extent]] = {
         "modulation": {"T": times},
         "head_modulation": {"T": times},
-        "conditioning": {"B": prompts, "L": text, "N": box, **latents},
+        "conditioning": {"B": prompts, "L": text, "N": box, "P": _plus(box, text.most), **latents},
         "stem": {"N": box, **latents},
-        "block": {"B": halves, "N": tokens, "L": text, "S": sequence},
+        "block": {"B": halves, "N": tokens, "L": text, "S": _plus(tokens, text.most)},
         "head": {"B": prompts, "N": box, **latents},  # both halves at once, however the block takes them
         "text_block": {"B": prompts, "S": text},
     }
@@ -128,6 +127,10 @@ def _length(graph: str, port: str, length: int | str, axes: Mapping[str, Extent]
         )
     times = int(factor or 1)
     return Extent(times * found.least, times * found.best, times * found.most)
+
+
+def _plus(extent: Extent, more: int) -> Extent:
+    return Extent(extent.least + more, extent.best + more, extent.most + more)
 
 
 def _tokens(manifest: Manifest, frames: int, rows: int, columns: int) -> int:

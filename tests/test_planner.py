@@ -447,8 +447,8 @@ def test_the_page_of_tables_is_what_the_planner_says() -> None:
 
 def test_the_planner_imports_quickly_and_without_the_runtime() -> None:
     code = (
-        "import sys, time; s = time.perf_counter(); import dynamictrl_edge.engines.planner; "
-        "print(time.perf_counter() - s, *sys.modules)"
+        "import sys, time; s = time.process_time(); import dynamictrl_edge.engines.planner; "
+        "print(time.process_time() - s, *sys.modules)"
     )
     runs = [
         subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()

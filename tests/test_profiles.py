@@ -124,6 +124,8 @@ def test_a_stored_positional_table_has_one_size() -> None:
     stored = msgspec.structs.replace(TRANSFORMER, use_learned_positional_embeddings=True)
     axes = axes_of(manifest_with(stored, "block"), BuildOptions(sizes=(ClipSize(96, 160, 9),), tile=(8, 8)))
     assert axes["block.N"].least == axes["block.N"].most == 3 * 6 * 10
+    axes = axes_of(manifest_with(stored, "conditioning"), BuildOptions(sizes=(ClipSize(96, 160, 9),), tile=(8, 8)))
+    assert axes["conditioning.P"].best == 16 + 3 * 6 * 10  # the table's rows: text, then video
 
 
 def test_an_axis_without_extent_is_refused_not_guessed() -> None:
