@@ -12,6 +12,8 @@ quantization with constant scales and integer weights as inputs, which is the fo
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import hashlib
 import itertools
 import json
 import math
@@ -67,11 +69,11 @@ class Case(NamedTuple):
 
 def configs_of(model: str) -> Configs:
     """Configurations of one of `benchmarks.checkpoints.SPECS`."""
-    from benchmarks.checkpoints import SPECS, _text_config, _transformer_config, _vae_config
+    from benchmarks.checkpoints import SPECS, _text_config, _vae_config
 
     spec = SPECS[model]
     return Configs(
-        msgspec.convert(_transformer_config(spec), TransformerConfig),
+        msgspec.convert(dataclasses.asdict(spec.transformer), TransformerConfig),
         msgspec.convert(_vae_config(spec), VaeConfig),
         msgspec.convert(_text_config(spec), TextConfig),
     )
@@ -277,8 +279,6 @@ def build(case: Case, spec: GraphSpec, path: Path, folder: Path) -> LayerReport:
 
     Raises `RuntimeError` with the compiler's cause.
     """
-    import hashlib
-
     axes = {f"{case.graph}.{axis}": Extent(_least(axis, most, case), most, most) for axis, most in case.axes.items()}
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         job = EngineJob(

@@ -16,16 +16,8 @@ from typing import Any, NamedTuple
 
 from dynamictrl_edge.bundle.config import TextConfig, TransformerConfig, VaeConfig
 from dynamictrl_edge.engines.activations import estimate_activation
-from dynamictrl_edge.engines.planner import (
-    CONTEXT,
-    PRESETS,
-    PROCESS,
-    RING,
-    MemoryPlan,
-    ModelFacts,
-    model_facts,
-    plan,
-)
+from dynamictrl_edge.engines.planner import PRESETS, RING, MemoryPlan, ModelFacts, model_facts, plan
+from dynamictrl_edge.engines.stages import CONTEXT, PROCESS
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -255,10 +247,20 @@ def _accuracy_rows(found: list[Estimate]) -> Iterator[str]:
         large = [one for one in members if one.measured >= SMALL]
         small = [(one.estimated - one.measured) / 1e6 for one in members if one.measured < SMALL]
         most = max(one.measured for one in members)
-        below = f"{100 * min(0.0, *(one.error for one in large)):.1f} %" if large else ""
-        above = f"{100 * max(0.0, *(one.error for one in large)):+.1f} %" if large else ""
-        rest = f"{min(small):+.0f} to {max(small):+.0f}" if small else ""
+        below, above = (
+            _percent(extreme(0.0, *(one.error for one in large))) if large else "" for extreme in (min, max)
+        )
+        rest = f"{_rounded(min(small))} to {_rounded(max(small))}" if small else ""
         yield f"| {graph} | {what} | {len(members)} | {most / GB:.2f} GB | {below} | {above} | {rest} |"
+
+
+def _percent(share: float) -> str:
+    rounded = round(100 * share, 1)
+    return f"{rounded:+.1f} %" if rounded else "0 %"
+
+
+def _rounded(megabytes: float) -> str:
+    return f"{round(megabytes):+d}" if round(megabytes) else "0"
 
 
 def _open() -> str:

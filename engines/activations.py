@@ -14,11 +14,15 @@ from collections.abc import Mapping
 from .model_facts import FLOAT, ModelFacts
 from .targets import Capability
 
-__all__ = ["estimate_activation"]
+__all__ = ["DECODER_CHUNK", "ENCODER_CHUNK", "estimate_activation"]
 
 # What a matrix product that is split among more processors than it has tiles uses for its parts.
 SCRATCH = 8_192_000
+_NARROW = 100_000_000  # for convolutions of toy models, of less than _WIDE channels: up to that much, or nothing
+_WIDE = 64
 _TURING: Capability = (7, 5)
+ENCODER_CHUNK = 8  # frames of the VAE's later time chunks, as in the published implementation
+DECODER_CHUNK = 2  # latent frames
 _VAE = ("vae_encoder_first", "vae_encoder_next", "vae_decoder_first", "vae_decoder_first_even", "vae_decoder_next")
 
 
@@ -65,9 +69,11 @@ def _block(facts: ModelFacts, axes: Mapping[str, int], capability: Capability | 
     per_channel = _bytes_per_channel(facts, b, capability)
     large = per_channel * elements
     small = (per_channel - 4) * elements + SCRATCH
-    # Weights that are quantized alone are widened before use; 9 of a block's 12 D x D are alive at once.
-    widened = 18 * d * d if facts.precision == "int8-weights" else 0
-    return max(large, small) + sums + widened
+    if facts.precision == "int8-weights":
+        # Widened before use: 9 of a block's 12 D x D are alive at the peak of a large clip, all of them at that of a small one.
+        matrix = facts.element * d * d
+        large, small = large + 9 * matrix, (per_channel - 6) * elements + 12 * matrix
+    return max(large, small) + sums
 
 
 def _bytes_per_channel(facts: ModelFacts, batch: int, capability: Capability | None) -> int:
@@ -130,20 +136,15 @@ def _vae(graph: str, facts: ModelFacts, axes: Mapping[str, int], capability: Cap
     # Of a level `halvings` further down, whose maps are that much smaller.
     widths = [width / 4**halvings for halvings, width in enumerate(vae.block_out_channels)]
     if graph.startswith("vae_encoder"):
-        frames = axes["frames"] if graph == "vae_encoder_first" else _ENCODER_CHUNK
+        frames = axes["frames"] if graph == "vae_encoder_first" else ENCODER_CHUNK
         maps = (6 * frames + 3) if facts.base == "bf16" else (5 * frames + 2)
         channels = maps * max(widths)
     else:
-        latents = axes["latent_frames"] if graph == "vae_decoder_first" else _DECODER_CHUNK
+        latents = axes["latent_frames"] if graph == "vae_decoder_first" else DECODER_CHUNK
         frames = ratio * latents - (ratio - 1 if graph == "vae_decoder_first" else 0)
         turing = capability is not None and capability <= _TURING
         entering = [4 * width for width in widths[1:]] or widths
         guide = vae.latent_channels * (1 if max(entering) >= vae.latent_channels else 2)
         channels = ((5 if turing else 4) * frames + 2) * max(entering) + (frames + 2) * guide
-    small = 4 * SCRATCH if max(vae.block_out_channels) < _WIDE else 0
-    return int(facts.element * channels * pixels) + small
-
-
-_ENCODER_CHUNK = 8  # frames of a later chunk
-_DECODER_CHUNK = 2  # latent frames
-_WIDE = 64  # channels; narrower convolutions are split like the matrix products above
+    narrow = max(vae.block_out_channels) < _WIDE
+    return int(facts.element * channels * pixels) + (_NARROW if narrow else 0)

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
@@ -17,7 +18,7 @@ from dynamictrl_edge.bundle.config import TextConfig, TransformerConfig, VaeConf
 from dynamictrl_edge.bundle.errors import DeviceError, UsageError
 from dynamictrl_edge.bundle.manifest import Port, read_manifest
 from dynamictrl_edge.engines.activations import estimate_activation
-from dynamictrl_edge.engines.engine_set import BuildOptions, ClipSize
+from dynamictrl_edge.engines.engine_set import BuildOptions, ClipSize, EngineEntry, EngineSet
 from dynamictrl_edge.engines.model_facts import PRECISIONS
 from dynamictrl_edge.engines.planner import (
     PRESETS,
@@ -27,16 +28,23 @@ from dynamictrl_edge.engines.planner import (
     pick_batch,
     pick_tile,
     plan,
-    tiles_of,
+    plan_with_engines,
 )
 from dynamictrl_edge.engines.profiles import axes_of
+from dynamictrl_edge.engines.vae_tiles import tiles_of
 from dynamictrl_edge.runtime.tiling import Tiling
+from tests.bundle_samples import small_manifest
 from tests.conftest import Export
 from tests.engine_samples import needs_rtx
 
 ROOT = Path(__file__).resolve().parents[1]
 GB = 10**9
 HD = ClipSize(height=768, width=1360, frames=37)
+
+
+def configured(config: Any, **changes: Any) -> Any:
+    return msgspec.structs.replace(config, **changes)
+
 
 # A model of a size at which everything that is chosen differs within a few GB.
 SMALL = TransformerConfig(
@@ -63,6 +71,7 @@ SMALL_VAE = VaeConfig(
     sample_width=720,
     scaling_factor=0.7,
 )
+BENCH_VAE = configured(SMALL_VAE, sample_height=96, sample_width=160)
 SMALL_TEXT = TextConfig(d_model=512, d_kv=64, d_ff=1024, num_heads=8, num_layers=2, vocab_size=512)
 
 
@@ -146,12 +155,6 @@ def test_tiles_go_from_the_whole_frame_over_the_published_one_down_to_16_latents
     ]
 
 
-def configured(config: Any, **changes: Any) -> Any:
-    import msgspec
-
-    return msgspec.structs.replace(config, **changes)
-
-
 # Choosing
 
 
@@ -215,6 +218,54 @@ def test_engines_for_one_tile_are_planned_with_it() -> None:
     assert (made.tile.rows, made.tile.columns, made.batch) == (20, 40, 1)
     wide = plan(full_size_facts("bf16"), HD, tile=(500, 500))
     assert wide.tile.whole
+
+
+def test_an_engine_set_is_planned_by_what_it_was_built_for() -> None:
+    manifest = small_manifest({})
+    options = BuildOptions(sizes=(ClipSize(height=96, width=160, frames=9),), tile=(6, 10), batch=1)
+    entry = EngineEntry(
+        file="block.engine",
+        sha256="",
+        bytes=1,
+        report="block.report.json",
+        report_sha256="",
+        graph_digest="",
+        profile={},
+        activation_bytes=7 * GB,
+        weights_bytes=0,
+        kernels=1,
+        fused_attention=1,
+        seconds=0.0,
+        peak_rss=0,
+    )
+    engines = EngineSet(
+        format="",
+        version=1,
+        key="",
+        precision="fp32",
+        flavour="rtx",
+        library_version="1.7",
+        platform="any",
+        capabilities=((12, 0), (8, 9)),
+        targets=(),
+        options=options,
+        axes={},
+        engines={"block": entry},
+        provenance={},
+    )
+    made = plan_with_engines(manifest, engines, options.sizes[0], budget=24 * GB)
+    assert item(made, "denoise", "activations") == 7 * GB
+    assert (made.batch, made.tile.rows, made.tile.columns) == (1, 6, 10)
+    assert made.peak == plan(facts_of(manifest), options.sizes[0], measured={"block": 7 * GB}, batch=1).peak
+
+
+def test_a_quantized_bundle_says_what_it_is_quantized_over() -> None:
+    manifest = small_manifest({})
+    ports = (*manifest.graphs["block"].inputs, Port("qkv_bias", "float16", (384,)))
+    block = configured(manifest.graphs["block"], inputs=ports)
+    facts = facts_of(configured(manifest, precision="int8", graphs={"block": block}))
+    assert (facts.precision, facts.base, facts.stream) == ("int8", "fp16", 4)
+    assert facts_of(manifest, "int8").base == "fp32"
 
 
 def test_the_tile_for_a_build_is_the_best_that_its_sizes_leave_room_for() -> None:
@@ -390,12 +441,15 @@ def test_estimates_of_large_engines_are_within_5_percent_of_the_reports_on_file(
     assert not far, [(one.build, round(100 * one.error, 1)) for one in far]
 
 
-def test_estimates_of_small_engines_are_off_by_little() -> None:
+def test_estimates_of_other_engines_are_off_by_little() -> None:
+    """Never 40 MB and 5 % too low; 110 MB and 15 % too high only in fp32, where the scores are counted in any case."""
     receipt = json.loads(RECEIPT.read_text())
-    for one in estimates(receipt, {"full": (TRANSFORMER, VAE, TEXT), "bench-27m": (SMALL, SMALL_VAE, SMALL_TEXT)}):
+    found = estimates(receipt, {"full": (TRANSFORMER, VAE, TEXT), "bench-27m": (SMALL, BENCH_VAE, SMALL_TEXT)})
+    assert len(found) == len(receipt["figures"]["builds"])
+    for one in found:
         difference = one.estimated - one.measured
         assert difference > -40_000_000 or one.error > -0.05, one
-        assert difference < 40_000_000 or one.error < 0.35, one
+        assert difference < 110_000_000 or one.error < 0.15, one
 
 
 @needs_rtx
