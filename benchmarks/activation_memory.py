@@ -69,13 +69,13 @@ class Case(NamedTuple):
 
 def configs_of(model: str) -> Configs:
     """Configurations of one of `benchmarks.checkpoints.SPECS`."""
-    from benchmarks.checkpoints import SPECS, _text_config, _vae_config
+    from benchmarks.checkpoints import SPECS, text_config, vae_config
 
     spec = SPECS[model]
     return Configs(
         msgspec.convert(dataclasses.asdict(spec.transformer), TransformerConfig),
-        msgspec.convert(_vae_config(spec), VaeConfig),
-        msgspec.convert(_text_config(spec), TextConfig),
+        msgspec.convert(vae_config(spec), VaeConfig),
+        msgspec.convert(text_config(spec), TextConfig),
     )
 
 
@@ -195,7 +195,9 @@ class Graphs:
         else:
             traced = trace(*graph_modules(configs.transformer, base)[graph], name=graph)
             if precision != base:
-                _quantize(traced, precision)
+                from benchmarks.int8_block import quantize
+
+                quantize(traced, precision)
                 onnx.checker.check_model(traced)
             workspace.add_graph(graph, traced)
         spec = workspace.graphs[graph]
@@ -204,11 +206,11 @@ class Graphs:
     def _add_vae(self, workspace: Any, model: str, graph: str, precision: Any) -> None:
         import onnx
 
-        from benchmarks.checkpoints import SPECS, _vae_config
+        from benchmarks.checkpoints import SPECS, vae_config
         from dynamictrl_edge.bundle.precision import SAFETENSORS_NAME
         from dynamictrl_edge.export.vae import WeightFile, export_vae_graph, vae_tensors
 
-        config = _vae_config(SPECS[model])
+        config = vae_config(SPECS[model])
         kind: Any = graph.split("_")[1]
         path = workspace.weights_path(f"vae_{kind}")
         _write_zeros(path, {t.target: t.shape for t in vae_tensors(kind, config)}, SAFETENSORS_NAME[precision])
@@ -227,51 +229,6 @@ def _write_zeros(path: Path, shapes: Mapping[str, Sequence[int]], dtype: str) ->
     with path.open("wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
         file.truncate(8 + len(text) + end)
-
-
-def _quantize(model: Any, precision: str) -> None:
-    """Quantizes the block's matrix products with unit scales, in place. `precision`: int8, fp8 or int8-weights.
-
-    Activations are quantized with a constant scale of 1 after a multiplied vector where no norm precedes; products are
-    multiplied by a vector; both vectors are inputs, as are the weights in their new type.
-    """
-    from onnx import TensorProto, helper
-
-    graph = model.graph
-    ports = {port.name: port.type.tensor_type for port in graph.input}
-    wide = ports["qkv_weight"].elem_type
-    narrow = TensorProto.FLOAT8E4M3FN if precision == "fp8" else TensorProto.INT8
-    graph.initializer.append(helper.make_tensor("unit", wide, [], [1.0]))
-    graph.initializer.append(helper.make_tensor("zero", narrow, [], [0]))
-    nodes: list[Any] = []
-
-    def add(operator: str, inputs: Sequence[str], output: str) -> str:
-        nodes.append(helper.make_node(operator, inputs, [output], name=f"node_{output}"))
-        return output
-
-    def vector(name: str, length: int) -> str:
-        graph.input.append(helper.make_tensor_value_info(name, wide, [length]))
-        return name
-
-    for node in list(graph.node):
-        weight = node.input[1] if node.op_type == "MatMul" else ""
-        if not weight.endswith("_weight"):
-            nodes.append(node)
-            continue
-        name = weight.removesuffix("_weight")
-        rows, columns = (dim.dim_value for dim in ports[weight].shape.dim)
-        ports[weight].elem_type = narrow
-        x = node.input[0]
-        if precision != "int8-weights":
-            if name in ("out", "ff_out"):
-                x = add("Mul", [x, vector(f"{name}_in_scale", rows)], f"{name}_scaled")
-            x = add("QuantizeLinear", [x, "unit", "zero"], f"{name}_narrow")
-            x = add("DequantizeLinear", [x, "unit", "zero"], f"{name}_rounded")
-        w = add("DequantizeLinear", [weight, "unit", "zero"], f"{name}_wide")
-        product = add("MatMul", [x, w], f"{name}_product")
-        add("Mul", [product, vector(f"{name}_out_scale", columns)], node.output[0])
-    del graph.node[:]
-    graph.node.extend(nodes)
 
 
 def build(case: Case, spec: GraphSpec, path: Path, folder: Path) -> LayerReport:

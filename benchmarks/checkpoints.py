@@ -35,7 +35,18 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))  # so that this file a
 from benchmarks.published_torch import PublishedTransformer, TransformerConfig
 from benchmarks.receipt import ROOT, peak_rss
 
-__all__ = ["SPECS", "Spec", "TextShape", "VaeShape", "Written", "tensor_shapes", "write_checkpoint"]
+__all__ = [
+    "SPECS",
+    "Spec",
+    "TextShape",
+    "VaeShape",
+    "Written",
+    "tensor_shapes",
+    "text_config",
+    "transformer_config",
+    "vae_config",
+    "write_checkpoint",
+]
 
 Dtype = Literal["fp32", "bf16", "fp16"]
 Shape = tuple[int, ...]
@@ -193,9 +204,9 @@ def write_checkpoint(
         if "text" not in without:
             shutil.copytree(TOKENIZER, target / "tokenizer")
         for component, stem, config in (
-            ("transformer", "diffusion_pytorch_model", _transformer_config(spec)),
-            ("vae", "diffusion_pytorch_model", _vae_config(spec)),
-            ("text_encoder", "model", _text_config(spec)),
+            ("transformer", "diffusion_pytorch_model", transformer_config(spec)),
+            ("vae", "diffusion_pytorch_model", vae_config(spec)),
+            ("text_encoder", "model", text_config(spec)),
         ):
             if component.removesuffix("_encoder") in without:
                 continue
@@ -214,12 +225,12 @@ def tensor_shapes(spec: Spec, component: str) -> dict[str, Shape]:
         elif component == "vae":
             from diffusers.models.autoencoders.autoencoder_kl_cogvideox import AutoencoderKLCogVideoX
 
-            model = AutoencoderKLCogVideoX.from_config(_vae_config(spec))
+            model = AutoencoderKLCogVideoX.from_config(vae_config(spec))
         else:
             from transformers import T5Config, T5EncoderModel
 
             config: Any = T5Config  # untyped
-            model = T5EncoderModel(config(**_text_config(spec)))
+            model = T5EncoderModel(config(**text_config(spec)))
     tied = "encoder.embed_tokens.weight"  # T5's embedding under its second name; checkpoints hold it once
     return {name: tuple(value.shape) for name, value in model.state_dict().items() if name != tied}
 
@@ -375,11 +386,11 @@ def _diffusers_config(class_name: str) -> dict[str, Any]:
     return {"_class_name": class_name, "_diffusers_version": VERSIONS["diffusers"]}
 
 
-def _transformer_config(spec: Spec) -> dict[str, Any]:
+def transformer_config(spec: Spec) -> dict[str, Any]:
     return _diffusers_config("DynamiCtrlTransformerModel") | dataclasses.asdict(spec.transformer)
 
 
-def _vae_config(spec: Spec) -> dict[str, Any]:
+def vae_config(spec: Spec) -> dict[str, Any]:
     return _diffusers_config("AutoencoderKLCogVideoX") | {
         "act_fn": "silu",
         "block_out_channels": list(spec.vae.channels),
@@ -405,7 +416,7 @@ def _vae_config(spec: Spec) -> dict[str, Any]:
     }
 
 
-def _text_config(spec: Spec) -> dict[str, Any]:
+def text_config(spec: Spec) -> dict[str, Any]:
     return {
         "architectures": ["T5EncoderModel"],
         "classifier_dropout": 0.0,

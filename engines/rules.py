@@ -184,12 +184,14 @@ def _types(kernels: Sequence[Kernel], expected: Expectation) -> Iterator[str]:
 def _weights(kernels: Sequence[Kernel], expected: Expectation) -> Iterator[str]:
     """A kernel that writes as many values as a weight matrix has, from that matrix, rewrites it: cast or transposed.
 
-    Quantized weights are excused: where activations are not quantized too, dequantizing them is what was asked.
+    It matters where a graph runs for every layer: `modulation` runs once per schedule, and the compiler widens its one-row
+    products' small weights. Quantized weights are excused: where activations are not quantized too, dequantizing them is
+    what was asked.
     """
     copies = [
         (kernel, weight.name)
         for kernel in kernels
-        if expected.constants_limit is not None and kernel.product is None
+        if expected.graph in ATTENTION_GRAPHS and kernel.product is None
         for weight in kernel.inputs
         if weight.name.endswith("_weight") and weight.is_matrix and weight.dtype in _TYPES.values()
         if any(_same_size(weight, output) for output in kernel.outputs)
