@@ -59,7 +59,43 @@ def full_export(receipt: dict[str, Any]) -> list[str]:
     ]
 
 
-TABLES: dict[str, Callable[[dict[str, Any]], list[str]]] = {"exact_loop": exact_loop, "full_export": full_export}
+def full_build(receipt: dict[str, Any]) -> list[str]:
+    figures, settings = receipt["figures"], receipt["settings"]
+    lines = [
+        f"All 12 engines of a full-size random bundle with TensorRT-RTX {receipt['versions']['tensorrt_rtx']}, for {settings['size']} and "
+        f"smaller, without a GPU, {settings['workers']} compilers at once ({source(receipt, 'full_build')}):",
+        "",
+        "| precision | GPUs | all engines | of these the denoiser and text encoder | peak memory of a compiler, VAE / others | engines on disk | the same call again |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for precision, row in figures.items():
+        lines.append(
+            f"| {precision} | {', '.join(settings['targets'][precision])} | {row['seconds']:.0f} s | {row['denoiser_seconds']:.1f} s "
+            f"| {row['vae_peak_rss'] / 1e9:.2f} / {row['denoiser_peak_rss'] / 1e9:.2f} GB | {row['engine_bytes'] / 1e9:.2f} GB "
+            f"| {row['seconds_again']:.2f} s |"
+        )
+    lines += [
+        "",
+        "The block of DynamiCtrl-5B, as the compiler reports it:",
+        "",
+        "| precision | clip | tokens | guidance halves | kernels | matrix products | attention | activations | engine | built in |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for precision, row in figures.items():
+        for block in row["block"]:
+            lines.append(
+                f"| {precision} | {block['size']} | {block['tokens']:,} + 226 | {block['batch']} | {block['kernels']} | {block['gemms']} "
+                f"| {'fused' if block['fused_attention'] == 1 else 'not fused'} | {block['activation_bytes'] / 1e9:.2f} GB "
+                f"| {block['bytes'] / 1e6:.1f} MB | {block['seconds']:.1f} s |"
+            )
+    return lines
+
+
+TABLES: dict[str, Callable[[dict[str, Any]], list[str]]] = {
+    "exact_loop": exact_loop,
+    "full_export": full_export,
+    "full_build": full_build,
+}
 
 
 def source(receipt: dict[str, Any], name: str) -> str:

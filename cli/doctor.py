@@ -9,6 +9,7 @@ import os
 import platform
 import shutil
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
@@ -31,14 +32,19 @@ class Finding:
 
 
 @click.command("doctor", short_help="Say what this machine has and lacks.")
+@click.option(
+    "--bundle", type=click.Path(path_type=Path), help="Say also which clips of this bundle the GPU has room for."
+)
 @json_option
 @verbose_option
-def command(as_json: bool) -> None:
+def command(bundle: Path | None, as_json: bool) -> None:
     """Say what this machine has and lacks, and for each missing thing the command that installs it.
 
     Exit code 0 when a clip can be animated here, 5 when not.
     """
     findings = [*_machine(), *_packages(), *_builders(), *_encoders(), *_gpu()]
+    if bundle is not None:
+        findings += _clips(bundle)
     able = all(f.state != "missing" for f in findings if f.needed_for == "animate")
     if as_json:
         print_json({"can_animate": able, "findings": [asdict(f) for f in findings]})
@@ -183,6 +189,23 @@ def _described(gpu: Gpu) -> str:
     except DeviceError:
         facts.append("too old for engines")
     return ", ".join(facts)
+
+
+def _clips(bundle: Path) -> list[Finding]:
+    """A row per clip size that the bundle's model can make: does the GPU's memory suffice?"""
+    from ..bundle.manifest import read_manifest
+    from ..engines.machine import look_at_machine
+    from .memory_plans import memory_plans
+
+    manifest = read_manifest(bundle)
+    gpu = look_at_machine().gpu
+    if gpu is None or gpu.memory_bytes is None:
+        return [Finding("clips on the GPU", "info", "the GPU's memory is not known here", "speed")]
+    plans = memory_plans(manifest, gpu.memory_bytes / 1e9, capability=gpu.capability, unified=gpu.unified)
+    return [
+        Finding(f"clip {made.size}", "ok" if made.fits else "info", f"{made.reason} (an estimate)", "speed")
+        for made in plans
+    ]
 
 
 def _show(findings: list[Finding], able: bool) -> None:

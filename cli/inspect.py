@@ -15,15 +15,21 @@ from .console import json_option, print_json, results, verbose_option, working
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option("--no-verify", is_flag=True, help="Do not check the files against their SHA-256.")
 @click.option("--engine", metavar="NAME", help="Show what the compiler made of this graph, kernel by kernel.")
+@click.option("--memory", type=float, metavar="GB", help="Show what clips need on a GPU with that much memory.")
+@click.option("--size", "sizes", multiple=True, metavar="WxHxF", help="With --memory: the clip; may be repeated.")
 @json_option
 @verbose_option
-def command(bundle: Path, no_verify: bool, engine: str | None, as_json: bool) -> None:
+def command(
+    bundle: Path, no_verify: bool, engine: str | None, memory: float | None, sizes: tuple[str, ...], as_json: bool
+) -> None:
     """Show model, graphs, weights, engines and provenance of BUNDLE, after checking every file."""
     from ..bundle.store import Bundle
     from .engine_tables import engine_facts, engine_sets, show_kernels, show_sets
+    from .memory_plans import memory_plans, plan_facts, show_plans
 
     opened = Bundle(bundle)
     manifest = opened.manifest
+    plans = [] if memory is None else memory_plans(manifest, memory, sizes)
     if not no_verify:
         with working(as_json) as progress:
             progress.stage("Checking files", len(manifest.files))
@@ -36,12 +42,16 @@ def command(bundle: Path, no_verify: bool, engine: str | None, as_json: bool) ->
     facts = _facts(bundle, manifest)
     facts["verified"] = not no_verify
     facts["engine_sets"] = [engine_facts(one) for one in sets]
+    if memory is not None:
+        facts["memory_plans"] = [plan_facts(one) for one in plans]
     if as_json:
         print_json(facts)
     else:
         with results():
             _show(bundle, manifest, facts)
             show_sets(sets)
+            if plans:
+                show_plans(plans)
 
 
 def _facts(bundle: Path, manifest: Manifest) -> dict[str, Any]:

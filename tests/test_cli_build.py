@@ -129,7 +129,7 @@ def test_an_unknown_target_lists_the_known(bundle: Path, capsys: Capture) -> Non
 
 
 def test_local_without_a_gpu(bundle: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(machine, "look_at_machine", lambda: Machine(gpu=None, flavours={"rtx": "1.7"}))
+    monkeypatch.setattr(machine, "look_at_machine", lambda **_: Machine(gpu=None, flavours={"rtx": "1.7"}))
     assert "--target" in refused(5, [str(bundle)], capsys)
 
 
@@ -138,14 +138,14 @@ def test_a_builder_that_is_not_installed(
     target: str, bundle: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     orin = Gpu("Orin", (8, 7), None, 10**10, unified=True)
-    monkeypatch.setattr(machine, "look_at_machine", lambda: Machine(gpu=orin))
+    monkeypatch.setattr(machine, "look_at_machine", lambda **_: Machine(gpu=orin))
     extra = "rtx" if target == "rtx4090" else "tensorrt"
     assert f'pip install "dynamictrl-edge[build,{extra}]"' in refused(5, [str(bundle), "--target", target], capsys)
 
 
 def test_tensorrt_builds_only_on_the_gpu_itself(bundle: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
     ada = Gpu("NVIDIA GeForce RTX 4090", (8, 9), "580.65", 24 * 10**9)
-    monkeypatch.setattr(machine, "look_at_machine", lambda: Machine(gpu=ada, flavours={"tensorrt": "10.13.3.9"}))
+    monkeypatch.setattr(machine, "look_at_machine", lambda **_: Machine(gpu=ada, flavours={"tensorrt": "10.13.3.9"}))
     err = refused(5, [str(bundle), "--target", "jetson-orin"], capsys)
     assert "jetson-orin (SM87)" in err and "RTX 4090 (SM89)" in err and "--print-trtexec" in err
 
@@ -187,7 +187,7 @@ def test_no_bundle(tmp_path: Path, capsys: Capture) -> None:
 def test_trtexec_commands_need_neither_builder_nor_gpu(
     bundle: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(machine, "look_at_machine", lambda: Machine(gpu=None))
+    monkeypatch.setattr(machine, "look_at_machine", lambda **_: Machine(gpu=None))
     assert run(["build", str(bundle), "--target", "jetson-orin", "--print-trtexec"]) == 0
     out = capsys.readouterr().out
     assert sum(line.startswith("trtexec ") for line in out.splitlines()) == len(SMALL)
