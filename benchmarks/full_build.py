@@ -9,7 +9,6 @@ for other sizes and batches by itself, to learn its activation memory there.
 from __future__ import annotations
 
 import argparse
-import resource
 import shutil
 import sys
 import tempfile
@@ -77,7 +76,6 @@ def build(bundle: Path, names: tuple[str, ...]) -> dict[str, Any]:
     options = BuildOptions(sizes=(size,), tile=tile)
     (plan,) = plan_builds(opened, targets, "rtx", options, look_at_machine())
     made = build_set(opened, plan, workers=WORKERS)
-    peak_child = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
     again = build_set(opened, plan, workers=WORKERS)
     engines = made.engines.engines
     figures = {
@@ -85,7 +83,6 @@ def build(bundle: Path, names: tuple[str, ...]) -> dict[str, Any]:
         "seconds_again": again.seconds,
         "built_again": list(again.fresh),
         "tile": tile,
-        "peak_rss_of_a_compiler": peak_child,
         "denoiser_seconds": sum(e.seconds for n, e in engines.items() if not n.startswith("vae_")),
         "denoiser_peak_rss": max(e.peak_rss for n, e in engines.items() if not n.startswith("vae_")),
         "vae_peak_rss": max(e.peak_rss for n, e in engines.items() if n.startswith("vae_")),
