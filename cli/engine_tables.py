@@ -86,6 +86,9 @@ def show_sets(sets: list[FoundSet]) -> None:
                 f"{entry.activation_bytes / 1e6:,.1f}",
             )
         console.print(table)
+        for name, entry in engines.engines.items():
+            for reason in entry.broken:
+                console.print(escape(f"{name}: {reason}"), highlight=False)
 
 
 def _products(path: Path) -> str:

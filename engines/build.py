@@ -46,7 +46,7 @@ from .engine_set import (
 from .machine import LIBRARIES, Machine, platform_name
 from .profiles import Profile, axes_of, buildable_graphs, profile_of
 from .report import read_report
-from .rules import broken_rules, expectation, head_size
+from .rules import broken_rules, expectation, heads_of
 from .targets import Capability, Flavour, Target, capability_name
 from .worker import Answer
 
@@ -181,7 +181,7 @@ def build_set(
 
     Raises:
         BundleError: a graph is damaged or refused by the compiler, or a rule is broken.
-        DeviceError: no memory, no GPU where one is needed, or another builder holds the set for long.
+        DeviceError: no memory, no GPU where one is needed, or another builder is at work on the set.
         InputError: the bundle's folder cannot be written to, or the disk is full.
         Interrupted: cancelled by Ctrl-C in a child.
     """
@@ -198,8 +198,7 @@ def build_set(
     try:
         root.mkdir(exist_ok=True)
         with _lock(root / f".{key}.lock"):
-            if not force and (known := _complete(folder, key)) is not None:
-                _, engines = known
+            if not force and (engines := _complete(folder, key, keep_broken)) is not None:
                 missing = set(plan_names(plan)) - set(engines.targets)
                 if missing:  # other cards of the same capabilities
                     engines = msgspec.structs.replace(engines, targets=tuple(sorted({*engines.targets, *missing})))
@@ -209,7 +208,7 @@ def build_set(
             if force:
                 shutil.rmtree(part, ignore_errors=True)
             part.mkdir(exist_ok=True)
-            done = {name: entry for name in graphs if (entry := _finished(part, name)) is not None}
+            done = {name: entry for name in graphs if (entry := _finished(part, name, keep_broken)) is not None}
             todo = [name for name in graphs if name not in done]
             watcher.started(key, todo)
             jobs = {
@@ -267,17 +266,19 @@ def _lock(path: Path) -> Iterator[None]:
         ) from None
 
 
-def _complete(folder: Path, key: str) -> tuple[Path, EngineSet] | None:
-    """The set in `folder` if it is whole: readable, of this key, every file there with its size."""
+def _complete(folder: Path, key: str, keep_broken: bool) -> EngineSet | None:
+    """The set in `folder` if it is whole (readable, of this key, every file there with its size) and breaks no rule."""
     try:
         engines = read_engine_set(folder)
     except BundleError:
         return None
     whole = engines.key == key and all(
-        _size(folder / entry.file) == entry.bytes and _size(folder / entry.report) is not None
+        _size(folder / entry.file) == entry.bytes
+        and _size(folder / entry.report) is not None
+        and (keep_broken or not entry.broken)
         for entry in engines.engines.values()
     )
-    return (folder, engines) if whole else None
+    return engines if whole else None
 
 
 def _size(path: Path) -> int | None:
@@ -287,14 +288,14 @@ def _size(path: Path) -> int | None:
         return None
 
 
-def _finished(part: Path, graph: str) -> EngineEntry | None:
+def _finished(part: Path, graph: str, keep_broken: bool) -> EngineEntry | None:
     """The record of an engine that an earlier, unfinished build left, if its files are what the record says."""
     try:
         entry = msgspec.json.decode((part / f"{graph}{_RECORD}").read_bytes(), type=EngineEntry)
         whole = sha256_of(part / entry.file) == entry.sha256 and sha256_of(part / entry.report) == entry.report_sha256
     except (OSError, msgspec.DecodeError):
         return None
-    return entry if whole else None
+    return entry if whole and (keep_broken or not entry.broken) else None
 
 
 def _job(bundle: Bundle, plan: BuildPlan, graph: str, profile: Profile, part: Path) -> EngineJob:
@@ -458,7 +459,7 @@ def _record(
     wanted = expectation(
         job.graph,
         cast(Precision, manifest.precision),
-        head_size=head_size(manifest, job.graph),
+        heads=heads_of(manifest, job.graph),
         activation_budget=plan.activation_budget,
     )
     broken = broken_rules(report, wanted)
@@ -484,6 +485,7 @@ def _record(
         fused_attention=report.fused_attention,
         seconds=round(product.seconds, 3),
         peak_rss=answer.peak_rss,
+        broken=tuple(broken),
     )
     mark = part / f"{job.graph}{_RECORD}"
     temporary = mark.with_name(f"{mark.name}.tmp")

@@ -68,7 +68,8 @@ class BuildOptions(msgspec.Struct, frozen=True, kw_only=True):
 
 class EngineEntry(msgspec.Struct, frozen=True, kw_only=True):
     """One engine: its file with SHA-256 and size, the digest of the graph that it was made from, the shapes it takes
-    ([least, best, most] for every dynamic input), and what its report says of memory (bytes)."""
+    ([least, best, most] for every dynamic input), and what its report says of memory (bytes). `broken`: rules that it breaks
+    and was kept in spite of."""
 
     file: str
     sha256: str
@@ -83,6 +84,7 @@ class EngineEntry(msgspec.Struct, frozen=True, kw_only=True):
     fused_attention: int
     seconds: float
     peak_rss: int
+    broken: tuple[str, ...] = ()
 
 
 class EngineSet(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):

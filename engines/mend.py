@@ -27,7 +27,7 @@ def build_command(
     sizes: tuple[ClipSize, ...] = (),
     tile: tuple[int, int] | None = None,
     steps: int = _USUAL.steps,
-    batch: int = _USUAL.batch,
+    batch: int | None = None,
     workspace: int | None = None,
     version_compatible: bool = False,
     optimization_level: int | None = None,
@@ -36,7 +36,7 @@ def build_command(
     """`dynamictrl build` with those options that differ from its defaults.
 
     `targets` and `backend` as on the command line; the other arguments are those of `BuildOptions` (`tile` in latents, rows
-    and columns; `workspace` in bytes).
+    and columns; `workspace` in bytes). None: by the target's memory, as without the option.
     """
     words = ["dynamictrl", "build", str(bundle)]
     for target in targets:
@@ -52,7 +52,7 @@ def build_command(
         words += ["--tile", f"{tile[1] * scale}x{tile[0] * scale}"]
     if steps != _USUAL.steps:
         words += ["--steps", str(steps)]
-    if batch != _USUAL.batch:
+    if batch is not None:
         words += ["--batch", str(batch)]
     if workspace is not None:
         words += ["--workspace", repr(workspace / 1e9)]

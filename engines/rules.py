@@ -14,7 +14,7 @@ from ..bundle.manifest import Manifest
 from ..bundle.precision import PRECISIONS, Precision
 from .report import Kernel, LayerReport, Operand
 
-__all__ = ["Expectation", "QuantizedType", "broken_rules", "expectation", "head_size"]
+__all__ = ["Expectation", "QuantizedType", "broken_rules", "expectation", "heads_of"]
 
 QuantizedType = Literal["int8", "fp8"]
 
@@ -48,18 +48,19 @@ def expectation(
     graph: str,
     precision: Precision,
     *,
-    head_size: int | None = None,
+    heads: tuple[int, int] | None = None,
     quantized_linears: int = 0,
     quantized_type: QuantizedType | None = None,
     activation_budget: int | None = None,
 ) -> Expectation:
     """What the engine of a bundle's graph must be.
 
-    Attention must be fused in `block` and `text_block`, but for two cases in which no fused kernel exists: float32, and
-    heads of 8 or less, as toy models have (`head_size`: width of one head; None: wide enough). The `vae_*` graphs hold
-    their weights as constants, all others take them as inputs.
+    Attention must be fused in `block` and `text_block`, but for cases in which the compiler has no fused kernel: float32, and
+    in toy models heads of 8 or less (every capability) and a single head (SM75, SM86). The `vae_*` graphs hold their weights
+    as constants, all others take them as inputs.
 
     Args:
+        heads: attention heads and the width of one; None: as usual.
         precision: floating type of the bundle; of a quantized one, that of what is not quantized.
         quantized_linears: linears (and convolutions) with quantized weights and activations; those with quantized weights
             alone do not count, they multiply in `precision`.
@@ -74,7 +75,8 @@ def expectation(
         raise UsageError(
             f"{quantized_linears} linears of graph {graph!r} are to be quantized, but to which type is not said."
         )
-    fusible = graph in ATTENTION_GRAPHS and precision != "fp32" and (head_size is None or head_size >= NARROWEST_HEAD)
+    usual = heads is None or (heads[0] > 1 and heads[1] >= NARROWEST_HEAD)
+    fusible = graph in ATTENTION_GRAPHS and precision != "fp32" and usual
     return Expectation(
         graph=graph,
         types=frozenset({_TYPES[precision], quantized_type or _TYPES[precision]}),
@@ -86,11 +88,12 @@ def expectation(
     )
 
 
-def head_size(manifest: Manifest, graph: str) -> int | None:
-    """Width of an attention head in this graph of a bundle; None where there is no attention."""
+def heads_of(manifest: Manifest, graph: str) -> tuple[int, int] | None:
+    """Attention heads of this graph of a bundle and the width of one; None where there is no attention."""
+    text, transformer = manifest.text, manifest.transformer
     if graph == "text_block":
-        return manifest.text.d_kv if manifest.text else None
-    return manifest.transformer.attention_head_dim if graph == "block" else None
+        return (text.num_heads, text.d_kv) if text else None
+    return (transformer.num_attention_heads, transformer.attention_head_dim) if graph == "block" else None
 
 
 def broken_rules(report: LayerReport, expected: Expectation) -> list[str]:

@@ -85,11 +85,11 @@ def one_thread() -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
 
 
-def without_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Makes an export quick: it writes weights and no graphs."""
+def without_graphs(monkeypatch: pytest.MonkeyPatch, *parts: str) -> None:
+    """Makes an export quick: it writes weights, but no graphs of these parts (none given: of all)."""
     from dynamictrl_edge.export import components
 
-    for name in ("denoiser", "text_encoder", "vae"):
+    for name in parts or ("denoiser", "text_encoder", "vae"):
         real = getattr(components, name)
         monkeypatch.setattr(components, name, lambda *parts, real=real: dataclasses.replace(real(*parts), graphs={}))
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 
+from tests.cli_samples import without_graphs
 from tests.golden import model_dir
 
 
@@ -53,13 +54,14 @@ Export = Callable[..., Path]
 
 @pytest.fixture(scope="session")
 def exported(share: Share) -> Export:
-    """`exported(model, precision="fp32")`: bundle of a golden model or of a spec in `benchmarks.checkpoints`.
+    """`exported(model, precision="fp32", denoiser_only=False)`: bundle of a golden model or of a spec in `benchmarks.checkpoints`.
 
-    Do not write into it: copy it. The model "learned" is the 1.0-style one with a stored positional table.
+    Do not write into it: copy it. The model "learned" is the 1.0-style one with a stored positional table. `denoiser_only`
+    leaves out the graphs of text encoder and VAE, where another model has the same.
     """
     pytest.importorskip("torch", reason="exporting needs the extra 'export'")
 
-    def bundle(model: str, precision: str = "fp32") -> Path:
+    def bundle(model: str, precision: str = "fp32", *, denoiser_only: bool = False) -> Path:
         def make(folder: Path) -> None:
             from benchmarks.checkpoints import SPECS, write_checkpoint
             from dynamictrl_edge.export.exporter import export_checkpoint
@@ -69,9 +71,12 @@ def exported(share: Share) -> Export:
                 write_checkpoint(checkpoint, SPECS[model])
             else:
                 checkpoint = _learned(share) if model == "learned" else model_dir(model)
-            export_checkpoint(checkpoint, folder / "bundle", precision=precision)  # type: ignore[arg-type]
+            with pytest.MonkeyPatch.context() as patch:
+                if denoiser_only:
+                    without_graphs(patch, "text_encoder", "vae")
+                export_checkpoint(checkpoint, folder / "bundle", precision=precision)  # type: ignore[arg-type]
 
-        return share(f"{model}-{precision}", make) / "bundle"
+        return share(f"{model}-{precision}{'-denoiser' if denoiser_only else ''}", make) / "bundle"
 
     return bundle
 

@@ -203,7 +203,11 @@ def test_an_engine_that_breaks_a_rule_is_refused_with_the_reason(bundle: Path) -
         built(bundle, activation_budget=1000)
     assert not [path for path in (bundle / "engines").iterdir() if not path.name.startswith(".")]
     made = built(bundle, activation_budget=1000, keep_broken=True)
-    assert_whole(made.folder)
+    engines = assert_whole(made.folder)
+    assert all("activation" in entry.broken[0] for entry in engines.engines.values())
+    # What was kept once is not taken for good later.
+    assert built(bundle, activation_budget=1000, keep_broken=True).fresh == ()
+    assert set(built(bundle).fresh) == set(SMALL)
 
 
 def test_a_compiler_that_crashes_is_a_message(bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import click
 import msgspec
 import pytest
 from hypothesis import given
@@ -811,7 +812,7 @@ def test_an_impossible_clip_is_told_before_missing_engines(tmp_path: Path) -> No
     sizes=st.lists(st.builds(clip, *[st.integers(1, 9)] * 3), max_size=3),
     tile=st.none() | st.tuples(st.integers(1, 99), st.integers(1, 99)),
     steps=st.integers(1, 1000),
-    batch=st.sampled_from([1, 2]),
+    batch=st.sampled_from([None, 1, 2]),
     workspace=st.none() | st.integers(1, 64).map(lambda gigabytes: gigabytes * 10**9),
     level=st.none() | st.integers(0, 5),
     force=st.booleans(),
@@ -820,12 +821,13 @@ def test_a_build_command_says_what_it_was_asked_to(
     sizes: list[ClipSize],
     tile: tuple[int, int] | None,
     steps: int,
-    batch: int,
+    batch: int | None,
     workspace: int | None,
     level: int | None,
     force: bool,
 ) -> None:
     from dynamictrl_edge.cli.build import command
+    from dynamictrl_edge.cli.main import cli
 
     line = build_command(
         Path("my bundle"),
@@ -843,7 +845,8 @@ def test_a_build_command_says_what_it_was_asked_to(
     )
     program, verb, *words = shlex.split(line)
     assert (program, verb) == ("dynamictrl", "build")
-    with command.make_context(verb, words) as context:
+    parent = click.Context(cli, **cli.context_settings)
+    with command.make_context(verb, words, parent=parent) as context:
         told = context.params
     assert told["bundle"] == Path("my bundle") and told["targets"] == ("rtx4090", "rtx30")
     assert (told["backend"], told["version_compatible"], told["force"]) == ("tensorrt", True, force)

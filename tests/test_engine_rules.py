@@ -10,7 +10,7 @@ import pytest
 from dynamictrl_edge.bundle.errors import UsageError
 from dynamictrl_edge.bundle.precision import Precision
 from dynamictrl_edge.engines.report import Kernel, LayerReport, Operand, parse_log
-from dynamictrl_edge.engines.rules import QuantizedType, broken_rules, expectation, head_size
+from dynamictrl_edge.engines.rules import QuantizedType, broken_rules, expectation, heads_of
 from tests.bundle_samples import TEXT, small_manifest
 from tests.layer_logs import Case, built, recorded
 
@@ -179,7 +179,9 @@ def test_graphs_made_as_they_must_be_break_no_rule(
     reports: dict[str, LayerReport],
 ) -> None:
     size = 8 if "narrow" in case else 64
-    wanted = expectation(graph, precision, head_size=size, quantized_linears=linears, quantized_type=dtype)
+    wanted = expectation(
+        graph, precision, heads=(2, size) if size else None, quantized_linears=linears, quantized_type=dtype
+    )
     assert broken_rules(reports[case], wanted) == []
 
 
@@ -239,7 +241,7 @@ def test_a_quantized_linear_is_a_product_whose_factors_both_have_the_type(made: 
 
 @pytest.mark.parametrize("graph", ["block", "text_block"])
 def test_scores_in_float32_break_the_fusion_of_attention(graph: str, reports: dict[str, LayerReport]) -> None:
-    reasons = broken_rules(reports["attention, scores in float32"], expectation(graph, "fp16", head_size=64))
+    reasons = broken_rules(reports["attention, scores in float32"], expectation(graph, "fp16", heads=(2, 64)))
     assert len(reasons) == 2
     assert reasons[0].startswith("Attention is not fused (0 of 1 kernels): scores (gemm float), context (gemm half)")
     assert "queries and keys is done in float32" in reasons[0]
@@ -254,7 +256,9 @@ def test_attention_of_narrow_heads_is_excused_only_by_their_size(reports: dict[s
     (reason,) = broken_rules(report, expectation("text_block", "fp16"))
     assert "Attention is not fused" in reason
     assert "keeps the compiler from joining them" in reason
-    assert broken_rules(report, expectation("text_block", "fp16", head_size=8)) == []
+    assert broken_rules(report, expectation("text_block", "fp16", heads=(4, 8))) == []
+    assert broken_rules(report, expectation("text_block", "fp16", heads=(1, 64))) == []
+    assert broken_rules(report, expectation("text_block", "fp16", heads=(2, 64))) != []
 
 
 def test_attention_that_is_missing_altogether_is_noticed(reports: dict[str, LayerReport]) -> None:
@@ -369,10 +373,10 @@ def test_an_expectation_that_makes_no_sense_is_refused() -> None:
         expectation("block", "fp16", quantized_linears=4)
 
 
-def test_head_sizes_come_from_the_bundle() -> None:
+def test_heads_come_from_the_bundle() -> None:
     manifest = msgspec.structs.replace(small_manifest({}), text=TEXT)
-    assert head_size(manifest, "block") == 64
-    assert head_size(manifest, "text_block") == 8
-    assert head_size(manifest, "stem") is None
-    assert head_size(small_manifest({}), "text_block") == 8
-    assert head_size(msgspec.structs.replace(manifest, text=None), "text_block") is None
+    assert heads_of(manifest, "block") == (2, 64)
+    assert heads_of(manifest, "text_block") == (4, 8)
+    assert heads_of(manifest, "stem") is None
+    assert heads_of(small_manifest({}), "text_block") == (4, 8)
+    assert heads_of(msgspec.structs.replace(manifest, text=None), "text_block") is None

@@ -13,7 +13,7 @@ from dynamictrl_edge.bundle.config import TransformerConfig, geometry
 from dynamictrl_edge.bundle.errors import BundleError, UsageError
 from dynamictrl_edge.bundle.manifest import GraphSpec, Manifest, Port
 from dynamictrl_edge.bundle.store import Bundle
-from dynamictrl_edge.engines.engine_set import BuildOptions, ClipSize
+from dynamictrl_edge.engines.engine_set import BuildOptions, ClipSize, Extent
 from dynamictrl_edge.engines.profiles import axes_of, buildable_graphs, default_size, parse_size, profile_of
 from tests.bundle_samples import TRANSFORMER, small_manifest
 
@@ -123,8 +123,11 @@ def test_where_latents_and_tokens_meet_their_largest_belong_together() -> None:
 def test_a_stored_positional_table_has_one_size() -> None:
     stored = msgspec.structs.replace(TRANSFORMER, use_learned_positional_embeddings=True)
     axes = axes_of(manifest_with(stored, "block"), BuildOptions(sizes=(ClipSize(96, 160, 9),), tile=(8, 8)))
-    assert axes["block.N"].least == axes["block.N"].most == 3 * 6 * 10
+    assert axes["block.N"] == Extent(
+        1, 3 * 6 * 10, 3 * 6 * 10
+    )  # which has no table, and fuses attention only over a range
     axes = axes_of(manifest_with(stored, "conditioning"), BuildOptions(sizes=(ClipSize(96, 160, 9),), tile=(8, 8)))
+    assert axes["conditioning.N"].least == axes["conditioning.N"].most == 3 * 6 * 10
     assert axes["conditioning.P"].best == 16 + 3 * 6 * 10  # the table's rows: text, then video
 
 
