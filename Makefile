@@ -14,7 +14,7 @@ test: .venv/test.stamp
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy -p dynamictrl_edge
-	.venv/bin/python -m pytest -n auto --dist worksteal --cov --cov-report=term:skip-covered -q
+	.venv/bin/python -m pytest -n auto --dist worksteal -q
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv

@@ -123,9 +123,7 @@ def test_where_latents_and_tokens_meet_their_largest_belong_together() -> None:
 def test_a_stored_positional_table_has_one_size() -> None:
     stored = msgspec.structs.replace(TRANSFORMER, use_learned_positional_embeddings=True)
     axes = axes_of(manifest_with(stored, "block"), BuildOptions(sizes=(ClipSize(96, 160, 9),), tile=(8, 8)))
-    assert axes["block.N"] == Extent(
-        1, 3 * 6 * 10, 3 * 6 * 10
-    )  # which has no table, and fuses attention only over a range
+    assert axes["block.N"] == Extent(*3 * (3 * 6 * 10,))
     axes = axes_of(manifest_with(stored, "conditioning"), BuildOptions(sizes=(ClipSize(96, 160, 9),), tile=(8, 8)))
     assert axes["conditioning.N"].least == axes["conditioning.N"].most == 3 * 6 * 10
     assert axes["conditioning.P"].best == 16 + 3 * 6 * 10  # the table's rows: text, then video
