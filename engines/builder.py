@@ -16,11 +16,12 @@ import importlib
 import importlib.util
 import os
 import platform
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 
@@ -33,6 +34,7 @@ from .targets import Capability, Flavour, capability_name
 __all__ = ["MODULES", "EngineJob", "Product", "build_engine", "has", "lean_library", "load_tensorrt"]
 
 MODULES: dict[Flavour, str] = {"rtx": "tensorrt_rtx", "tensorrt": "tensorrt"}
+_CHOICE = "POLYGRAPHY_USE_TENSORRT_RTX"
 _INSTALL: dict[Flavour, str] = {"rtx": "build,rtx", "tensorrt": "build,tensorrt"}
 
 Progress = Callable[[str, int, int], bool]
@@ -169,23 +171,10 @@ def _parse(trt: ModuleType, job: EngineJob, parser: Any, network: Any, log: Any)
 
 
 def _configure(trt: ModuleType, job: EngineJob, builder: Any, network: Any, log: Any, progress: Progress) -> Any:
-    if job.flavour == "rtx":
-        os.environ["POLYGRAPHY_USE_TENSORRT_RTX"] = "1"  # read when polygraphy is imported
-    try:
-        from polygraphy.backend.tensorrt_rtx import CreateConfigRTX
-        from polygraphy.backend.trt import CreateConfig
-        from polygraphy.backend.trt import Profile as TrtProfile
-        from polygraphy.exception import PolygraphyException
-        from polygraphy.logger import G_LOGGER
-    except ModuleNotFoundError as error:
-        raise DeviceError(
-            f"Building engines needs the package {error.name!r}. "
-            f'Install it: pip install "dynamictrl-edge[{_INSTALL[job.flavour]}]"'
-        ) from None
-    G_LOGGER.module_severity = G_LOGGER.CRITICAL + 10  # its errors arrive as exceptions
+    polygraphy = _load_polygraphy(job.flavour)
     profiles = []
     if job.profile:
-        profile = TrtProfile()
+        profile = polygraphy.profile()
         for name, (least, best, most) in job.profile.items():
             if not all(a <= b <= c for a, b, c in zip(least, best, most, strict=True)):
                 raise BundleError(
@@ -211,12 +200,49 @@ def _configure(trt: ModuleType, job: EngineJob, builder: Any, network: Any, log:
                 raise DeviceError(
                     f"This TensorRT-RTX ({trt.__version__}) does not build for {names}. Update tensorrt-rtx."
                 )
-            return CreateConfigRTX(compute_capabilities=list(job.capabilities), **common)(builder, network)
+            create = polygraphy.config(compute_capabilities=list(job.capabilities), **common)
+            return create(builder, network)
         if job.version_compatible:
             common.update(version_compatible=True, exclude_lean_runtime=True)
-        return CreateConfig(**common)(builder, network)
-    except PolygraphyException as error:
+        return polygraphy.config(**common)(builder, network)
+    except polygraphy.exception as error:
         raise _refused(job, log, "cannot be configured", str(error)) from error
+
+
+class _Polygraphy(NamedTuple):
+    """What is used of it: classes of profiles, of configurations, and of its errors."""
+
+    profile: Any
+    config: Any
+    exception: type[Exception]
+
+
+def _load_polygraphy(flavour: Flavour) -> _Polygraphy:
+    """polygraphy, bound to this flavour: it reads its choice from the environment, once, when it is imported."""
+    wanted = flavour == "rtx"
+    loaded = sys.modules.get("polygraphy.config")
+    if loaded is not None and bool(loaded.USE_TENSORRT_RTX) != wanted:
+        for name in [name for name in sys.modules if name.partition(".")[0] == "polygraphy"]:
+            del sys.modules[name]
+    before = os.environ.get(_CHOICE)
+    os.environ[_CHOICE] = "1" if wanted else "0"
+    try:
+        from polygraphy.backend.tensorrt_rtx import CreateConfigRTX
+        from polygraphy.backend.trt import CreateConfig, Profile
+        from polygraphy.exception import PolygraphyException
+        from polygraphy.logger import G_LOGGER
+    except ModuleNotFoundError as error:
+        raise DeviceError(
+            f"Building engines needs the package {error.name!r}. "
+            f'Install it: pip install "dynamictrl-edge[{_INSTALL[flavour]}]"'
+        ) from None
+    finally:
+        if before is None:
+            del os.environ[_CHOICE]
+        else:
+            os.environ[_CHOICE] = before
+    G_LOGGER.module_severity = G_LOGGER.CRITICAL + 10  # its errors arrive as exceptions
+    return _Polygraphy(Profile, CreateConfigRTX if wanted else CreateConfig, PolygraphyException)
 
 
 def _make_monitor(trt: ModuleType, progress: Progress) -> Any:
