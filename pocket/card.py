@@ -1,0 +1,78 @@
+"""The model card that goes with the checkpoint: how it was made, how good it is, what it can not do."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from .clips import COLUMNS, FRAMES, POSE_FRAMES, ROWS
+from .settings import Settings
+
+__all__ = ["model_card"]
+
+
+def model_card(run: Path, settings: Settings) -> str:
+    """The text for a training folder; with the figures of `evaluation/table.md` in it, where there are any."""
+    shapes = settings.shapes
+    vae, dit = _last(run / "vae" / "log.jsonl"), _last(run / "dit" / "log.jsonl")
+    evaluation = run / "evaluation" / "table.md"
+    figures = (
+        evaluation.read_text() if evaluation.exists() else "Not measured yet; `python -m pocket.evaluate` does it.\n"
+    )
+    channels = ", ".join(map(str, shapes.channels))
+    vae_sizes = f"{shapes.latent_channels} latent channels, {shapes.scale}x in space, 4x in time"
+    dit_sizes = f"{shapes.blocks} blocks of width {shapes.heads * shapes.head_dim}, {shapes.heads} heads"
+    text_sizes = f"{shapes.text_layers} layers of width {shapes.text_dim}, a vocabulary of the captions' words"
+    return f"""---
+license: apache-2.0
+---
+
+# Pocket DynamiCtrl
+
+A DynamiCtrl (arXiv 2503.21246) small enough to train on two processor cores and to keep in a source repository. It animates
+drawn people: {COLUMNS}x{ROWS} pixels, {FRAMES} frames, from a reference picture, a pose clip of {POSE_FRAMES} frames and a
+caption. It exists so that quantization, reuse and new backends can be judged on weights that mean something.
+
+## What it is
+
+| | |
+|---|---|
+| VAE | `AutoencoderKLCogVideoX`, {len(shapes.channels)} levels of {channels} channels, {vae_sizes} |
+| transformer | PoseAdaLN, 1.5 style (`patch_size_t` 2, `ofs`), {dit_sizes} |
+| text encoder | T5, {text_sizes}, trained with the transformer |
+| schedule | that of the 5B family: v-prediction, zero terminal SNR, `snr_shift_scale` 1.0 |
+
+The first {POSE_FRAMES - FRAMES} frames of the pose clip lead in: like every 1.5-style model of an odd number of latent
+frames it makes one latent frame more and drops the first, so that frame 0 of the result belongs to pose frame
+{POSE_FRAMES - FRAMES}.
+
+## How it was made
+
+From nothing, by `python -m pocket.train --out FOLDER`, on clips drawn by `pocket.clips` (seeded; no photograph, no video and
+no other model had a part in it): articulated people of varied build, clothes, skin and hair that walk, wave, dance, turn,
+squat and raise their arms before hills, cities, beaches and walls. Half of the references had their background or their
+clothes blacked out, and a tenth of the captions was left out. VAE: {vae.get("step", 0)} steps in {vae.get("hours", 0):.1f} hours.
+Transformer and text encoder: {dit.get("step", 0)} steps of {settings.dit.batch} clips in {dit.get("hours", 0):.1f} hours. Weights
+are exponential averages. Training clips and held-out clips share no seed.
+
+## How good it is
+
+{figures}
+## What it can not do
+
+- Photographs, real videos, faces: it has seen nothing but the generator's drawings, and anything else falls apart.
+- Other sizes and lengths than {COLUMNS}x{ROWS} and {FRAMES} frames.
+- Words beyond the captions' own (six motions, ten colours of clothes, five of hair, six kinds of background), or a caption
+  that contradicts what the reference shows.
+- Pose drawings of another style than `pocket.figure.draw_pose`'s: OpenPose's 18 body points without hands and face, sticks
+  about 3 pixels thick.
+- It says nothing about the quality of DynamiCtrl-5B.
+"""
+
+
+def _last(log: Path) -> dict[str, Any]:
+    if not log.exists():
+        return {}
+    line: dict[str, Any] = json.loads(log.read_text().splitlines()[-1])
+    return line

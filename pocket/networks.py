@@ -1,0 +1,161 @@
+"""The three networks, made from diffusers' and transformers' own parts, with the configurations that a checkpoint holds."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from diffusers.models.autoencoders.autoencoder_kl_cogvideox import AutoencoderKLCogVideoX
+from torch import Tensor, nn
+from transformers import T5Config, T5EncoderModel
+
+from benchmarks.published_torch import LATENT_STRIDE, PublishedTransformer, TransformerConfig, rotary_tables
+
+from .clips import COLUMNS, FRAMES, ROWS
+from .settings import Shapes
+
+__all__ = [
+    "SCHEDULER",
+    "make_text_encoder",
+    "make_transformer",
+    "make_vae",
+    "rotary",
+    "text_config",
+    "transformer_config",
+    "vae_config",
+]
+
+VERSIONS = {"diffusers": "0.39.0", "transformers": "4.57.1"}
+
+SCHEDULER: dict[str, Any] = {
+    "_class_name": "CogVideoXDPMScheduler",
+    "_diffusers_version": VERSIONS["diffusers"],
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "beta_start": 0.00085,
+    "clip_sample": False,
+    "clip_sample_range": 1.0,
+    "num_train_timesteps": 1000,
+    "prediction_type": "v_prediction",
+    "rescale_betas_zero_snr": True,
+    "sample_max_value": 1.0,
+    "set_alpha_to_one": True,
+    "snr_shift_scale": 1.0,
+    "steps_offset": 0,
+    "timestep_spacing": "trailing",
+    "trained_betas": None,
+}
+
+
+def transformer_config(shapes: Shapes) -> TransformerConfig:
+    _, rows, columns = shapes.latent_size
+    return TransformerConfig(
+        num_attention_heads=shapes.heads,
+        attention_head_dim=shapes.head_dim,
+        in_channels=2 * shapes.latent_channels,
+        out_channels=shapes.latent_channels,
+        time_embed_dim=shapes.time_dim,
+        ofs_embed_dim=shapes.time_dim,
+        text_embed_dim=shapes.text_dim,
+        num_layers=shapes.blocks,
+        sample_width=columns,
+        sample_height=rows,
+        sample_frames=FRAMES,
+        max_text_seq_length=shapes.text_length,
+        patch_size=2,
+        patch_size_t=2,
+    )
+
+
+def vae_config(shapes: Shapes, scaling_factor: float = 1.0) -> dict[str, Any]:
+    levels = len(shapes.channels)
+    return {
+        "_class_name": "AutoencoderKLCogVideoX",
+        "_diffusers_version": VERSIONS["diffusers"],
+        "act_fn": "silu",
+        "block_out_channels": list(shapes.channels),
+        "down_block_types": ["CogVideoXDownBlock3D"] * levels,
+        "force_upcast": True,
+        "in_channels": 3,
+        "invert_scale_latents": True,
+        "latent_channels": shapes.latent_channels,
+        "latents_mean": None,
+        "latents_std": None,
+        "layers_per_block": shapes.vae_layers,
+        "norm_eps": 1e-06,
+        "norm_num_groups": shapes.norm_groups,
+        "out_channels": 3,
+        "sample_height": ROWS,
+        "sample_width": COLUMNS,
+        "scaling_factor": scaling_factor,
+        "shift_factor": None,
+        "temporal_compression_ratio": 4,
+        "up_block_types": ["CogVideoXUpBlock3D"] * levels,
+        "use_post_quant_conv": False,
+        "use_quant_conv": False,
+    }
+
+
+def text_config(shapes: Shapes) -> dict[str, Any]:
+    return {
+        "architectures": ["T5EncoderModel"],
+        "d_ff": shapes.text_ff,
+        "d_kv": shapes.text_dim // shapes.text_heads,
+        "d_model": shapes.text_dim,
+        "decoder_start_token_id": 0,
+        "dense_act_fn": "gelu_new",
+        "dropout_rate": 0.0,
+        "eos_token_id": 1,
+        "feed_forward_proj": "gated-gelu",
+        "initializer_factor": 1.0,
+        "is_encoder_decoder": False,
+        "is_gated_act": True,
+        "layer_norm_epsilon": 1e-06,
+        "model_type": "t5",
+        "num_decoder_layers": shapes.text_layers,
+        "num_heads": shapes.text_heads,
+        "num_layers": shapes.text_layers,
+        "pad_token_id": 0,
+        "relative_attention_max_distance": 128,
+        "relative_attention_num_buckets": 32,
+        "tie_word_embeddings": False,
+        "transformers_version": VERSIONS["transformers"],
+        "use_cache": False,
+        "vocab_size": shapes.vocabulary,
+    }
+
+
+def make_vae(shapes: Shapes) -> AutoencoderKLCogVideoX:
+    config = {key: value for key, value in vae_config(shapes).items() if not key.startswith("_")}
+    return AutoencoderKLCogVideoX.from_config(config)
+
+
+def make_transformer(shapes: Shapes) -> PublishedTransformer:
+    """Begins like published DiTs: every block adds nothing, the head predicts nothing, the pose has no gate."""
+    model = PublishedTransformer(transformer_config(shapes))
+    for block in model.transformer_blocks:
+        for linear in (block.norm1.linear, block.control_norm1.linear, block.norm2.linear):
+            nn.init.zeros_(linear.weight)
+            nn.init.zeros_(linear.bias)
+        # A gate of zero would hide the block's own weights from the first gradients for long; begin with a small one.
+        with torch.no_grad():
+            width = model.config.width
+            for norm in (block.norm1, block.norm2):
+                norm.linear.bias[2 * width : 3 * width] = 0.2
+                norm.linear.bias[5 * width : 6 * width] = 0.2
+    nn.init.zeros_(model.norm_out.linear.weight)
+    nn.init.zeros_(model.norm_out.linear.bias)
+    nn.init.zeros_(model.proj_out.weight)
+    nn.init.zeros_(model.proj_out.bias)
+    return model
+
+
+def make_text_encoder(shapes: Shapes) -> T5EncoderModel:
+    return T5EncoderModel(T5Config(**text_config(shapes)))
+
+
+def rotary(shapes: Shapes) -> tuple[Tensor, Tensor]:
+    """Cos and sin, [N, head dim] each, for the latents of a whole clip."""
+    frames, rows, columns = shapes.latent_size
+    # `rotary_tables` counts pixels of a VAE of eight; a 1.5-style table depends on the token grid only.
+    return rotary_tables(transformer_config(shapes), rows * LATENT_STRIDE, columns * LATENT_STRIDE, frames)

@@ -1,0 +1,211 @@
+"""Training of transformer and text encoder together: v-prediction on stored latents, as CogVideoX image-to-video models.
+
+What enters is what the pipeline gives a 1.5-style checkpoint: noisy latents and, on further channels, the photograph's
+latents, unscaled, in the first frame and zero in the others; the pose's latents, scaled; the caption, padding included.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers.schedulers.scheduling_dpm_cogvideox import CogVideoXDPMScheduler
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from benchmarks.published_torch import OFS_VALUE, PublishedTransformer, denoise
+
+from .clips import Clip, make_clip
+from .language import Language
+from .latents import Batch, LatentStore, moments
+from .networks import SCHEDULER, make_text_encoder, make_transformer, rotary
+from .settings import Settings
+from .trainer import Trainer
+
+__all__ = ["Networks", "sample", "train_dit"]
+
+FIRST = 1000  # clips encoded before the first step
+
+
+@dataclass(frozen=True)
+class Networks:
+    """Everything that animates, in PyTorch."""
+
+    settings: Settings
+    vae: Any
+    transformer: PublishedTransformer
+    text_encoder: Any
+    language: Language
+    scaling_factor: float
+
+
+def train_dit(
+    folder: Path,
+    settings: Settings,
+    vae: Any,
+    language: Language,
+    scaling: float,
+    threads: int,
+    keep: Callable[[Networks], None],
+) -> Networks:
+    """Trains, or goes on training, to the end of the budget; `keep` is given the averaged networks now and then."""
+    run = settings.dit
+    torch.manual_seed(settings.seed)
+    transformer, text_encoder = make_transformer(settings.shapes), make_text_encoder(settings.shapes)
+    networks = Networks(settings, vae, transformer, text_encoder, language, scaling)
+    trainer = Trainer(
+        folder,
+        {"transformer": transformer, "text_encoder": text_encoder},
+        peak=run.learning_rate,
+        warm_up=run.warm_up,
+        average=run.average,
+        steps=run.steps,
+        hours=run.hours,
+        seed=settings.seed,
+        keep_every=settings.keep_every,
+        threads=threads,
+        decay=0.01,
+    )
+    if not trainer.done:
+        store = LatentStore(folder, vae, language, settings.shapes, run.clips)
+        alphas = CogVideoXDPMScheduler.from_config(SCHEDULER).alphas_cumprod.float()
+        tables = rotary(settings.shapes)
+
+        def loss() -> dict[str, Tensor]:
+            ready = min(run.clips, FIRST + trainer.progress.step)  # the rest is encoded as training goes
+            store.ensure(ready)
+            batch = store.batch(trainer.random, trainer.noise, ready, run.batch, run.masked_share, run.caption_dropout)
+            return _loss(networks, batch, alphas, tables, trainer)
+
+        def look() -> None:
+            _sheet(folder, networks, trainer, settings.sheet_clips)
+            keep(networks)
+
+        trainer.run(loss, {settings.sheet_every: look})
+    with torch.no_grad():
+        for name, parameter in trainer.parameters.items():
+            parameter.copy_(trainer.averaged[name])
+    for model in trainer.models.values():
+        model.eval().requires_grad_(False)
+    return networks
+
+
+def _loss(
+    networks: Networks, batch: Batch, alphas: Tensor, tables: tuple[Tensor, Tensor], trainer: Trainer
+) -> dict[str, Tensor]:
+    run, scaling = networks.settings.dit, networks.scaling_factor
+    clean = batch.video * scaling
+    size = len(clean)
+    # One timestep from each of `size` equal spans: the loss of a batch then says less about its luck.
+    spans = (torch.arange(size) + torch.rand(size, generator=trainer.noise)) / size
+    timesteps = (spans * len(alphas)).long().clamp(max=len(alphas) - 1)
+    alpha = alphas[timesteps][:, None, None, None, None]
+    noise = torch.randn(clean.shape, generator=trainer.noise)
+    noisy = alpha.sqrt() * clean + (1 - alpha).sqrt() * noise
+    velocity = alpha.sqrt() * noise - (1 - alpha).sqrt() * clean
+
+    image = torch.cat([batch.image[:, None], torch.zeros_like(clean[:, 1:])], dim=1)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        embeds = networks.text_encoder(batch.tokens)[0]
+        predicted = networks.transformer(
+            torch.cat([noisy, image], dim=2),
+            embeds,
+            timesteps,
+            batch.pose * scaling,
+            tables,
+            torch.full((1,), OFS_VALUE),
+        ).float()
+    square = (predicted - velocity).square()
+    weight = 1 + run.person_weight * batch.person
+    loss = (weight * square).mean() / weight.mean()
+    late, early = square[size // 2 :].mean(), square[: size // 2].mean()
+    return {"loss": loss, "mse": square.mean().detach(), "mse_noisy": late.detach(), "mse_clean": early.detach()}
+
+
+@torch.no_grad()
+def sample(
+    networks: Networks,
+    reference: NDArray[np.uint8],
+    pose: NDArray[np.uint8],
+    caption: str,
+    *,
+    steps: int = 10,
+    guidance: float = 1.0,
+    seed: int = 0,
+) -> NDArray[np.uint8]:
+    """reference [H, W, 3], pose [F, H, W, 3] -> [F - 4, H, W, 3], as the pipeline does it, but for the stream of noise."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def drawn(frames: NDArray[np.uint8]) -> Tensor:
+        mean, std = moments(networks.vae, frames)
+        return (mean + std * torch.randn(mean.shape, generator=generator))[None]
+
+    image = drawn(reference[None])
+    pose_latents = drawn(pose) * networks.scaling_factor
+    captions = ["", caption] if guidance > 1 else [caption]
+    tokens = torch.from_numpy(np.stack([networks.language.ids(text) for text in captions]))
+    final = denoise(
+        networks.transformer,
+        CogVideoXDPMScheduler.from_config(SCHEDULER),
+        prompt_embeds=networks.text_encoder(tokens)[0],
+        latents=torch.randn(pose_latents.shape, generator=generator),
+        image_latents=torch.cat([image, torch.zeros_like(pose_latents[:, 1:])], dim=1),
+        pose_latents=pose_latents,
+        rotary=rotary(networks.settings.shapes),
+        steps=steps,
+        guidance=guidance,
+        generator=generator,
+    )
+    latents = (final[:, 1:] / networks.scaling_factor).transpose(1, 2)
+    pixels = networks.vae.decode(latents).sample[0]
+    frames: NDArray[np.uint8] = ((pixels.clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 3, 0).numpy()
+    return frames
+
+
+def _sheet(folder: Path, networks: Networks, trainer: Trainer, clips: int) -> None:
+    """Held-out clips: reference, every fourth pose, truth, output; and how far output, copy and truth are apart."""
+    rows, ours, copies = [], [], []
+    for i in range(clips):
+        clip = make_clip("held-out", i, masking="none" if i < clips - 2 else ("background", "clothes")[i % 2])
+        made = sample(
+            networks, clip.reference, clip.pose, clip.caption, guidance=1.0 if clip.masking == "none" else 2.0, seed=i
+        )
+        if clip.masking == "none":
+            ours.append(_psnr(made, clip.truth))
+            copies.append(_psnr(np.broadcast_to(clip.reference, clip.truth.shape), clip.truth))
+        rows.append(_row(clip, made))
+    picture = np.concatenate(rows)
+    Image.fromarray(picture).resize((picture.shape[1] * 2, picture.shape[0] * 2), 0).save(
+        folder / f"sheet-{trainer.progress.step:06d}.png"
+    )
+    line = {
+        "step": trainer.progress.step,
+        "hours": trainer.progress.seconds / 3600,
+        "psnr": float(np.mean(ours)),
+        "copy": float(np.mean(copies)),
+    }
+    with (folder / "quality.jsonl").open("a") as file:
+        file.write(json.dumps(line) + "\n")
+
+
+def _row(clip: Clip, made: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    shown = range(0, len(made), 4)
+    lead = len(clip.pose) - len(made)
+    strips = [
+        [clip.reference],
+        [clip.pose[lead + i] for i in shown],
+        [clip.truth[i] for i in shown],
+        [made[i] for i in shown],
+    ]
+    return np.concatenate([frame for strip in strips for frame in strip], axis=1)
+
+
+def _psnr(a: NDArray[np.uint8], b: NDArray[np.uint8]) -> float:
+    error = np.mean((a.astype(np.float64) - b) ** 2, axis=(1, 2, 3))
+    return float(np.mean(10 * np.log10(255**2 / np.maximum(error, 1e-9))))

@@ -1,0 +1,143 @@
+"""Training of the VAE on windows of drawn clips and pose drawings, cut as the runtime cuts time.
+
+The norms of this VAE measure a whole time chunk, so it is trained on the chunks it will see: the first chunk of a clip of
+21 frames has 13 (3 latents of 5 are decoded first); a single photograph; and, less often, whole clips in several chunks.
+The runtime drops the first latent frame of a 1.5-style model and decodes the rest, so that the first latent that the decoder
+sees stands for four frames, of which it makes the last. Half of the windows are decoded that way.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from .clips import POSE_FRAMES, make_clip
+from .drawn import DrawnClips
+from .networks import make_vae
+from .settings import Settings
+from .trainer import Trainer
+
+__all__ = ["photo_psnr", "train_vae"]
+
+WINDOW = 13  # frames of a first time chunk
+FIRST = 200  # clips drawn before the first step
+
+
+def train_vae(folder: Path, settings: Settings, threads: int) -> Any:
+    """Trains, or goes on training, to the end of the budget; returns the VAE with its averaged weights."""
+    run = settings.vae
+    torch.manual_seed(settings.seed)
+    vae = make_vae(settings.shapes)
+    trainer = Trainer(
+        folder,
+        {"vae": vae},
+        peak=run.learning_rate,
+        warm_up=run.warm_up,
+        average=run.average,
+        steps=run.steps,
+        hours=run.hours,
+        seed=settings.seed,
+        keep_every=settings.keep_every,
+        threads=threads,
+    )
+    if not trainer.done:
+        drawn = DrawnClips(folder, run.clips)
+
+        def loss() -> dict[str, Tensor]:
+            ready = min(run.clips, FIRST + trainer.progress.step)  # the rest is drawn as training goes
+            drawn.ensure(ready)
+            return _loss(vae, drawn.pixels[:ready], trainer, settings)
+
+        trainer.run(loss, {settings.sheet_every: lambda: _sheet(folder, vae, trainer, settings.sheet_clips)}, log=25)
+    with torch.no_grad():
+        for name, parameter in trainer.parameters.items():
+            parameter.copy_(trainer.averaged[name])
+    return vae.eval().requires_grad_(False)
+
+
+def to_pixels(frames: np.ndarray) -> Tensor:
+    """[B, F, H, W, 3] uint8 -> [B, 3, F, H, W] in -1..1."""
+    return torch.from_numpy(np.ascontiguousarray(frames)).permute(0, 4, 1, 2, 3).float() / 127.5 - 1
+
+
+def _loss(vae: Any, clips: NDArray[np.uint8], trainer: Trainer, settings: Settings) -> dict[str, Tensor]:
+    run, random = settings.vae, trainer.random
+    draw = float(random.random())
+    if trainer.share < run.still_first or draw < run.still_share:
+        kinds, length = [int(random.random() < 0.3) for _ in range(run.still_batch)], 1
+    elif draw < run.still_share + run.long_share:
+        kinds, length = [int(random.random() < 0.4)], POSE_FRAMES
+    else:
+        kinds, length = [0, int(random.integers(2))], WINDOW  # photographs, and photographs or poses
+    windows = []
+    for kind in kinds:
+        start = int(random.integers(POSE_FRAMES - length + 1))
+        windows.append(clips[random.integers(len(clips)), kind, start : start + length])
+    pixels = to_pixels(np.stack(windows))
+    is_pose = torch.tensor(kinds, dtype=torch.float32)[:, None, None, None, None]
+
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        moments = vae.encode(pixels).latent_dist.parameters.float()
+    mean, log_variance = moments.chunk(2, dim=1)
+    log_variance = log_variance.clamp(-30, 20)
+    noise = torch.randn(mean.shape, generator=trainer.noise)
+    latents = mean + torch.exp(0.5 * log_variance) * noise
+    if length > 1:
+        keep = latents.shape[2] - 1
+        keep -= 1 - keep % 2  # an odd number of latents makes whole clips
+        drop = int(random.integers(2))
+        latents = latents[:, :, drop : drop + keep]
+        first = 4 * drop
+        pixels = pixels[:, :, first : first + 4 * keep - 3]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        decoded = vae.decode(latents).sample.float()
+
+    # Sticks are thin and dark seen by the whole: what is drawn counts more than the black around it.
+    lit = (pixels.amax(1, keepdim=True) > -0.9).float()
+    weight = 1 + 3 * is_pose * lit
+    error = decoded - pixels
+    absolute = (weight * error.abs()).mean()
+    square = (weight * error.square()).mean()
+    edges = sum((error.diff(dim=axis)).abs().mean() for axis in (3, 4))
+    kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).mean()
+    loss = absolute + 2 * square + run.gradient * edges + run.kl * kl
+    return {"loss": loss, "l1": absolute.detach(), "mse": square.detach(), "kl": kl.detach()}
+
+
+@torch.no_grad()
+def photo_psnr(vae: Any, clips: int, kind: str = "frames") -> tuple[float, np.ndarray]:
+    """Mean PSNR (dB) of held-out clips of 17 frames, encoded and decoded in float32, and the last pair of clips."""
+    results = []
+    truth = rebuilt = np.zeros(0, np.uint8)
+    for i in range(clips):
+        clip = make_clip("held-out", i)
+        truth = clip.frames[:17] if kind == "frames" else clip.pose[:17]
+        pixels = vae.decode(vae.encode(to_pixels(truth[None])).latent_dist.mean).sample
+        rebuilt = ((pixels[0].clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 3, 0).numpy()
+        error = np.mean((rebuilt.astype(np.float64) - truth) ** 2, axis=(1, 2, 3))
+        results.append(float(np.mean(10 * np.log10(255**2 / np.maximum(error, 1e-9)))))
+    return float(np.mean(results)), np.concatenate([truth[::3], rebuilt[::3]], axis=1)
+
+
+def _sheet(folder: Path, vae: Any, trainer: Trainer, clips: int) -> None:
+    frames, picture = photo_psnr(vae, clips)
+    pose, pose_picture = photo_psnr(vae, clips, "pose")
+    rows = np.concatenate([np.concatenate(list(p), axis=1) for p in (picture, pose_picture)], axis=0)
+    Image.fromarray(rows).resize((rows.shape[1] * 2, rows.shape[0] * 2), 0).save(
+        folder / f"sheet-{trainer.progress.step:06d}.png"
+    )
+    with (folder / "quality.jsonl").open("a") as file:
+        line = {
+            "step": trainer.progress.step,
+            "hours": trainer.progress.seconds / 3600,
+            "psnr": frames,
+            "pose_psnr": pose,
+        }
+        file.write(json.dumps(line) + "\n")

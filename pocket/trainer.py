@@ -1,0 +1,239 @@
+"""The part of training that VAE and DiT share: schedule, averaged weights, saved state, log, threads.
+
+A run can be killed at any moment and started again with the same command: its state (weights, averages, optimizer, random
+state, step, seconds) is written to one file that takes the place of the last one at once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+__all__ = ["Progress", "ThreadChoice", "Trainer", "learning_rate"]
+
+
+def learning_rate(share: float, step: int, peak: float, warm_up: int) -> float:
+    """Linear warm-up over the first `warm_up` steps, and over the whole run (`share` 0..1) a cosine down to 2 % of the peak."""
+    cosine = 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * share))
+    return peak * cosine * min(1.0, (step + 1) / warm_up)
+
+
+LONGEST = 20.0  # seconds of a step that count: one that took longer was stopped, or waited for its clips
+
+
+@dataclass
+class Progress:
+    """Where a run stands. `seconds` is training time over all starts."""
+
+    step: int = 0
+    seconds: float = 0.0
+
+    def share(self, steps: int, hours: float) -> float:
+        """0..1 of the budget, by steps or by hours, whichever is further."""
+        return min(1.0, max(self.step / steps, self.seconds / (hours * 3600)))
+
+
+class ThreadChoice:
+    """Uses one thread or `most`, whichever is faster now: on shared cores threads wait for each other.
+
+    Every `every` seconds a few steps are timed with each. More threads must pay: one leaves a core to others.
+    """
+
+    GAIN = 1.15
+
+    def __init__(self, most: int, every: float = 240.0, trials: int = 5) -> None:
+        self.most, self.every, self.trials = most, every, trials
+        self._next = 0.0
+        self._times: dict[int, list[float]] = {}
+        torch.set_num_threads(1)
+
+    def step_done(self, seconds: float) -> None:
+        now = time.monotonic()
+        if self.most < 2 or now < self._next:
+            return
+        current = torch.get_num_threads()
+        self._times.setdefault(current, []).append(seconds)
+        for count in (1, self.most):
+            if len(self._times.get(count, [])) < self.trials:
+                torch.set_num_threads(count)
+                return
+        one, more = (sorted(self._times[count])[self.trials // 2] for count in (1, self.most))
+        torch.set_num_threads(self.most if more * self.GAIN < one else 1)
+        self._times, self._next = {}, now + self.every
+
+
+class Trainer:
+    """Trains `models` with AdamW. Random numbers of a step come from `self.random` (numpy) and `self.noise` (torch)."""
+
+    def __init__(
+        self,
+        folder: Path,
+        models: Mapping[str, nn.Module],
+        *,
+        peak: float,
+        warm_up: int,
+        average: float,
+        steps: int,
+        hours: float,
+        seed: int,
+        keep_every: float,
+        threads: int,
+        decay: float = 0.0,
+    ) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder, self.models = folder, dict(models)
+        self.peak, self.warm_up, self.average = peak, warm_up, average
+        self.steps, self.hours, self.keep_every = steps, hours, keep_every
+        self.parameters = {f"{m}.{n}": p for m, model in models.items() for n, p in model.named_parameters()}
+        self.averaged = {name: p.detach().clone() for name, p in self.parameters.items()}
+        matrices = [p for p in self.parameters.values() if p.ndim > 1]
+        vectors = [p for p in self.parameters.values() if p.ndim <= 1]
+        groups = [{"params": matrices, "weight_decay": decay}, {"params": vectors, "weight_decay": 0.0}]
+        self.optimizer = torch.optim.AdamW(groups, lr=peak, betas=(0.9, 0.99), eps=1e-8)
+        self.random = np.random.Generator(np.random.PCG64(seed))
+        self.noise = torch.Generator().manual_seed(seed)
+        self.progress = Progress()
+        self.threads = ThreadChoice(threads)
+        self._state = folder / "state.safetensors"
+        self._losses: dict[str, list[float]] = {}
+        if self._state.exists():
+            self._load()
+
+    @property
+    def done(self) -> bool:
+        return self.share >= 1.0
+
+    @property
+    def share(self) -> float:
+        """How much of the budget is spent, 0..1."""
+        return self.progress.share(self.steps, self.hours)
+
+    def run(
+        self, loss: Callable[[], dict[str, Tensor]], every: Mapping[int, Callable[[], None]], log: int = 50
+    ) -> None:
+        """Steps until the budget is spent. `loss()` gives named terms, "loss" being the one that is minimised.
+
+        `every`: step interval -> what is done then, with the averaged weights in place.
+        """
+        kept = time.monotonic()
+        while not self.done:
+            began = time.monotonic()
+            rate = learning_rate(self.share, self.progress.step, self.peak, self.warm_up)
+            for group in self.optimizer.param_groups:
+                group["lr"] = rate
+            terms = loss()
+            self.optimizer.zero_grad(set_to_none=True)
+            terms["loss"].backward()
+            norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), 1.0)
+            if torch.isfinite(norm):
+                self.optimizer.step()
+            self.progress.step += 1
+            self._average()
+            spent = time.monotonic() - began
+            self.progress.seconds += min(spent, LONGEST)
+            self.threads.step_done(spent)
+            for name, value in {**{k: float(v.detach()) for k, v in terms.items()}, "norm": float(norm)}.items():
+                self._losses.setdefault(name, []).append(value)
+            if self.progress.step % log == 0 or self.done:
+                self._log(rate, spent)
+            for interval, action in every.items():
+                if self.progress.step % interval == 0 or self.done:
+                    with self.averaged_weights():
+                        action()
+            if time.monotonic() - kept >= self.keep_every or self.done:
+                self.save()
+                kept = time.monotonic()
+
+    def averaged_weights(self) -> _Swapped:
+        """A context in which the models hold their averaged weights."""
+        return _Swapped(self)
+
+    @torch.no_grad()
+    def _average(self) -> None:
+        # Early averages forget quickly, or the random start would stay in them for long.
+        keep = min(self.average, (1 + self.progress.step) / (10 + self.progress.step))
+        torch._foreach_lerp_(list(self.averaged.values()), list(self.parameters.values()), 1 - keep)
+
+    def _log(self, rate: float, seconds: float) -> None:
+        terms = {name: round(sum(values) / len(values), 6) for name, values in self._losses.items()}
+        self._losses = {}
+        line = {
+            "step": self.progress.step,
+            "hours": round(self.progress.seconds / 3600, 4),
+            "rate": round(rate, 7),
+            "seconds": round(seconds, 3),
+            "threads": torch.get_num_threads(),
+            **terms,
+        }
+        with (self.folder / "log.jsonl").open("a") as file:
+            file.write(json.dumps(line) + "\n")
+
+    def save(self) -> None:
+        """Writes the state whole: safetensors, so that nothing is ever unpickled."""
+        moments = {
+            f"optimizer.{key}.{name}": value
+            for name, parameter in self.parameters.items()
+            for key, value in self.optimizer.state[parameter].items()
+        }
+        tensors = {
+            **{f"now.{name}": p.detach() for name, p in self.parameters.items()},
+            **{f"averaged.{name}": value for name, value in self.averaged.items()},
+            **moments,
+            "noise": self.noise.get_state(),
+        }
+        about = {
+            "random": json.dumps(self.random.bit_generator.state),
+            "progress": json.dumps(dataclasses.asdict(self.progress)),
+        }
+        temporary = self._state.with_suffix(".new")
+        save_file({name: value.contiguous() for name, value in tensors.items()}, temporary, about)
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, self._state)
+
+    @torch.no_grad()
+    def _load(self) -> None:
+        with safe_open(self._state, "pt") as file:
+            about = file.metadata()
+            names = set(file.keys())
+            for name, parameter in self.parameters.items():
+                parameter.copy_(file.get_tensor(f"now.{name}"))
+                self.averaged[name].copy_(file.get_tensor(f"averaged.{name}"))
+                keys = ("step", "exp_avg", "exp_avg_sq")
+                if f"optimizer.step.{name}" in names:
+                    self.optimizer.state[parameter] = {key: file.get_tensor(f"optimizer.{key}.{name}") for key in keys}
+            self.noise.set_state(file.get_tensor("noise"))
+        self.random.bit_generator.state = json.loads(about["random"])
+        self.progress = Progress(**json.loads(about["progress"]))
+
+
+class _Swapped:
+    def __init__(self, trainer: Trainer) -> None:
+        self.trainer = trainer
+
+    @torch.no_grad()
+    def __enter__(self) -> None:
+        self.kept = {name: p.detach().clone() for name, p in self.trainer.parameters.items()}
+        for name, parameter in self.trainer.parameters.items():
+            parameter.copy_(self.trainer.averaged[name])
+        for model in self.trainer.models.values():
+            model.eval()
+
+    @torch.no_grad()
+    def __exit__(self, *_: object) -> None:
+        for name, parameter in self.trainer.parameters.items():
+            parameter.copy_(self.kept[name])
+        for model in self.trainer.models.values():
+            model.train()
