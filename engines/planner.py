@@ -253,7 +253,9 @@ def _choose(case: Case, budget: int | None) -> _Choice:
     together = min(case.halves, case.most)
     if budget is None:
         return _Choice(together, layers, 0, case.tiles[0])
-    tile = next((tile for tile in case.tiles if _vae_peak(case, tile) <= budget), case.tiles[-1])
+    # A smaller tile can need more, since its neighbours' overlaps count too.
+    frugal = min(case.tiles, key=lambda tile: _vae_peak(case, tile))
+    tile = next((tile for tile in case.tiles if _vae_peak(case, tile) <= budget), frugal)
     if _room(case, together, budget) >= layers:
         return _Choice(together, layers, 0, tile)
     room = max(_room(case, 1, budget), LEAST_RING)

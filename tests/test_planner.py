@@ -10,7 +10,7 @@ from typing import Any
 
 import msgspec
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 from benchmarks.plan_tables import RECEIPT, TEXT, TRANSFORMER, VAE, estimates, full_size_facts
@@ -381,6 +381,12 @@ def test_a_larger_budget_never_gives_less(
 
 @settings(max_examples=60, deadline=None)
 @given(PRECISION, st.booleans(), SIZES, OPTIONS)
+@example(
+    "fp16",
+    False,
+    ClipSize(height=144, width=128, frames=69),
+    {"guidance": False, "cached_prompt": False, "unified": True, "batch": 1, "capability": None},
+)
 def test_the_smallest_budget_is_enough_and_a_hundredth_less_is_not(
     precision: str, full: bool, size: ClipSize, options: dict[str, Any]
 ) -> None:
