@@ -14,16 +14,17 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from dynamictrl_edge.export.checkpoint import Checkpoint
-from pocket import train_vae as vae_phase
-from pocket.checkpoint import LIMIT
 from pocket.clips import make_clip
 from pocket.evaluate import of_bundle
-from pocket.language import Language, write_tokenizer
-from pocket.networks import make_text_encoder, make_transformer, make_vae
-from pocket.settings import FULL, SMOKE
-from pocket.train import _measure, _scaling, train
-from pocket.train_dit import Networks, sample
-from pocket.trainer import Trainer, learning_rate
+from pocket.training import train_vae as vae_phase
+from pocket.training.checkpoint import LIMIT
+from pocket.training.language import Language, write_tokenizer
+from pocket.training.muon import Muon, orthogonal
+from pocket.training.networks import make_text_encoder, make_transformer, make_vae
+from pocket.training.settings import FULL, SMOKE
+from pocket.training.train import _measure, _scaling, train
+from pocket.training.train_dit import Networks, sample
+from pocket.training.trainer import Trainer, learning_rate
 
 
 @pytest.fixture(scope="module")
@@ -105,7 +106,7 @@ def test_a_state_holds_weights_averages_moments_and_random_numbers(tmp_path: Pat
         torch.manual_seed(0)
         return Trainer(
             tmp_path,
-            {"m": nn.Linear(2, 2)},
+            {"m": nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 2))},
             peak=0.1,
             warm_up=1,
             average=0.9,
@@ -114,6 +115,8 @@ def test_a_state_holds_weights_averages_moments_and_random_numbers(tmp_path: Pat
             seed=0,
             keep_every=0,
             threads=1,
+            hidden=lambda name: name == "m.0.weight",
+            hidden_peak=0.1,
         )
 
     first = trainer()
@@ -124,11 +127,24 @@ def test_a_state_holds_weights_averages_moments_and_random_numbers(tmp_path: Pat
     for name, parameter in first.parameters.items():
         assert torch.equal(again.parameters[name], parameter)
         assert torch.equal(again.averaged[name], first.averaged[name])
-        assert torch.equal(
-            again.optimizer.state[again.parameters[name]]["exp_avg"], first.optimizer.state[parameter]["exp_avg"]
-        )
+        number = int(name == "m.0.weight")  # Muon's, or AdamW's
+        before = first.optimizers[number][0].state[parameter]
+        after = again.optimizers[number][0].state[again.parameters[name]]
+        assert before.keys() == after.keys() == ({"momentum"} if number else {"step", "exp_avg", "exp_avg_sq"})
+        assert all(torch.equal(before[key], after[key]) for key in before)
     assert torch.equal(again.noise.get_state(), first.noise.get_state())
     assert again.random.random() == first.random.random()
+
+
+@pytest.mark.parametrize("shape", [(6, 20), (20, 6), (8, 8)])
+def test_a_step_of_muon_is_orthogonal_and_as_large_as_one_of_adam(shape: tuple[int, int]) -> None:
+    torch.manual_seed(3)
+    values = torch.linalg.svdvals(orthogonal(torch.randn(shape)))
+    assert values.min() > 0.6 and values.max() < 1.25
+    kernel = nn.Parameter(torch.zeros(shape[0], shape[1], 3, 3))
+    kernel.grad = torch.randn_like(kernel)
+    Muon([kernel], lr=0.01).step()
+    assert kernel.detach().square().mean().sqrt().item() == pytest.approx(0.2 * 0.01, rel=0.2)
 
 
 def test_averaged_weights_are_only_borrowed(tmp_path: Path) -> None:

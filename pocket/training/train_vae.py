@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from .clips import POSE_FRAMES, make_clip
+from ..clips import POSE_FRAMES, make_clip
 from .drawn import DrawnClips
 from .networks import make_vae
 from .settings import Settings
@@ -46,6 +46,8 @@ def train_vae(folder: Path, settings: Settings, threads: int) -> Any:
         seed=settings.seed,
         keep_every=settings.keep_every,
         threads=threads,
+        hidden=lambda name: "conv_in" not in name and "conv_out" not in name,
+        hidden_peak=run.hidden_rate,
     )
     if not trainer.done:
         drawn = DrawnClips(folder, run.clips)
@@ -83,9 +85,7 @@ def _loss(vae: Any, clips: NDArray[np.uint8], trainer: Trainer, settings: Settin
     pixels = to_pixels(np.stack(windows))
     is_pose = torch.tensor(kinds, dtype=torch.float32)[:, None, None, None, None]
 
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        moments = vae.encode(pixels).latent_dist.parameters.float()
-    mean, log_variance = moments.chunk(2, dim=1)
+    mean, log_variance = vae.encode(pixels).latent_dist.parameters.chunk(2, dim=1)
     log_variance = log_variance.clamp(-30, 20)
     noise = torch.randn(mean.shape, generator=trainer.noise)
     latents = mean + torch.exp(0.5 * log_variance) * noise
@@ -96,8 +96,7 @@ def _loss(vae: Any, clips: NDArray[np.uint8], trainer: Trainer, settings: Settin
         latents = latents[:, :, drop : drop + keep]
         first = 4 * drop
         pixels = pixels[:, :, first : first + 4 * keep - 3]
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        decoded = vae.decode(latents).sample.float()
+    decoded = vae.decode(latents).sample
 
     # Sticks are thin and dark seen by the whole: what is drawn counts more than the black around it.
     lit = (pixels.amax(1, keepdim=True) > -0.9).float()

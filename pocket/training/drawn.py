@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from .clips import COLUMNS, POSE_FRAMES, ROWS, make_clip
+from ..clips import COLUMNS, POSE_FRAMES, ROWS, make_clip
 
 __all__ = ["DrawnClips"]
 

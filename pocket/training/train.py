@@ -1,6 +1,6 @@
 """Trains the pocket checkpoint from nothing: VAE, then transformer and text encoder on its latents.
 
-    python -m pocket.train --out FOLDER [--threads 2] [--vae-hours 3] [--dit-hours 8] [--smoke]
+    python -m pocket.training.train --out FOLDER [--threads 2] [--vae-hours 3] [--dit-hours 8] [--smoke]
 
 Run it again with the same folder after a kill and it goes on where the last saved state ends. FOLDER then holds
 `vae/` and `dit/` (state, `log.jsonl` with the losses, `quality.jsonl`, sample sheets), `tokenizer/`, `checkpoint/`
@@ -18,12 +18,10 @@ from pathlib import Path
 
 import torch
 
-sys.path.append(str(Path(__file__).resolve().parents[1]))  # so that `benchmarks` is found from everywhere
-
+from ..clips import COLUMNS, FRAMES, ROWS
+from ..evaluate import evaluate, of_bundle, write_report
 from .card import model_card
 from .checkpoint import write_checkpoint
-from .clips import COLUMNS, FRAMES, ROWS
-from .evaluate import evaluate, of_bundle, write_report
 from .language import Language, write_tokenizer
 from .latents import latent_spread
 from .settings import FULL, SMOKE, Settings

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from .clips import COLUMNS, FRAMES, POSE_FRAMES, ROWS
+from ..clips import COLUMNS, FRAMES, POSE_FRAMES, ROWS
 from .settings import Settings
 
 __all__ = ["model_card"]
@@ -49,8 +49,8 @@ frames it makes one latent frame more and drops the first, so that frame 0 of th
 
 ## How it was made
 
-From nothing, by `python -m pocket.train --out FOLDER`, on clips drawn by `pocket.clips` (seeded; no photograph, no video and
-no other model had a part in it): articulated people of varied build, clothes, skin and hair that walk, wave, dance, turn,
+From nothing, by `python -m pocket.training.train --out FOLDER`, on clips drawn by `pocket.clips` (seeded; no photograph, no
+video and no other model had a part in it): articulated people of varied build, clothes, skin and hair that walk, wave, dance, turn,
 squat and raise their arms before hills, cities, beaches and walls. Half of the references had their background or their
 clothes blacked out, and a tenth of the captions was left out. VAE: {vae.get("step", 0)} steps in {vae.get("hours", 0):.1f} hours.
 Transformer and text encoder: {dit.get("step", 0)} steps of {settings.dit.batch} clips in {dit.get("hours", 0):.1f} hours. Weights

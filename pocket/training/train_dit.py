@@ -7,6 +7,7 @@ latents, unscaled, in the first frame and zero in the others; the pose's latents
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,7 @@ from torch import Tensor
 
 from benchmarks.published_torch import OFS_VALUE, PublishedTransformer, denoise
 
-from .clips import Clip, make_clip
+from ..clips import Clip, make_clip
 from .language import Language
 from .latents import Batch, LatentStore, moments
 from .networks import SCHEDULER, make_text_encoder, make_transformer, rotary
@@ -30,7 +31,8 @@ from .trainer import Trainer
 
 __all__ = ["Networks", "sample", "train_dit"]
 
-FIRST = 1000  # clips encoded before the first step
+FIRST = 600  # clips encoded before the first step
+HIDDEN = re.compile(r"\.(attn1\.to_|ff\.net|SelfAttention\.[qkvo]\.|DenseReluDense)")  # matrices that Muon trains
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,8 @@ def train_dit(
         seed=settings.seed,
         keep_every=settings.keep_every,
         threads=threads,
-        decay=0.01,
+        hidden=lambda name: HIDDEN.search(name) is not None,
+        hidden_peak=run.hidden_rate,
     )
     if not trainer.done:
         store = LatentStore(folder, vae, language, settings.shapes, run.clips)
@@ -111,16 +114,14 @@ def _loss(
     velocity = alpha.sqrt() * noise - (1 - alpha).sqrt() * clean
 
     image = torch.cat([batch.image[:, None], torch.zeros_like(clean[:, 1:])], dim=1)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        embeds = networks.text_encoder(batch.tokens)[0]
-        predicted = networks.transformer(
-            torch.cat([noisy, image], dim=2),
-            embeds,
-            timesteps,
-            batch.pose * scaling,
-            tables,
-            torch.full((1,), OFS_VALUE),
-        ).float()
+    predicted = networks.transformer(
+        torch.cat([noisy, image], dim=2),
+        networks.text_encoder(batch.tokens)[0],
+        timesteps,
+        batch.pose * scaling,
+        tables,
+        torch.full((1,), OFS_VALUE),
+    )
     square = (predicted - velocity).square()
     weight = 1 + run.person_weight * batch.person
     loss = (weight * square).mean() / weight.mean()
@@ -143,7 +144,7 @@ def sample(
     generator = torch.Generator().manual_seed(seed)
 
     def drawn(frames: NDArray[np.uint8]) -> Tensor:
-        mean, std = moments(networks.vae, frames)
+        mean, std = moments(networks.vae, frames[None])[0]
         return (mean + std * torch.randn(mean.shape, generator=generator))[None]
 
     image = drawn(reference[None])

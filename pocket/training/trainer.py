@@ -21,6 +21,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from .muon import Muon
+
 __all__ = ["Progress", "ThreadChoice", "Trainer", "learning_rate"]
 
 
@@ -75,7 +77,10 @@ class ThreadChoice:
 
 
 class Trainer:
-    """Trains `models` with AdamW. Random numbers of a step come from `self.random` (numpy) and `self.noise` (torch)."""
+    """Trains `models`: what `hidden` says of a parameter's name with Muon, the rest with AdamW.
+
+    Random numbers of a step come from `self.random` (numpy) and `self.noise` (torch).
+    """
 
     def __init__(
         self,
@@ -90,18 +95,23 @@ class Trainer:
         seed: int,
         keep_every: float,
         threads: int,
-        decay: float = 0.0,
+        hidden: Callable[[str], bool] = lambda name: False,
+        hidden_peak: float = 0.0,
     ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.folder, self.models = folder, dict(models)
-        self.peak, self.warm_up, self.average = peak, warm_up, average
+        self.warm_up, self.average = warm_up, average
         self.steps, self.hours, self.keep_every = steps, hours, keep_every
         self.parameters = {f"{m}.{n}": p for m, model in models.items() for n, p in model.named_parameters()}
         self.averaged = {name: p.detach().clone() for name, p in self.parameters.items()}
-        matrices = [p for p in self.parameters.values() if p.ndim > 1]
-        vectors = [p for p in self.parameters.values() if p.ndim <= 1]
-        groups = [{"params": matrices, "weight_decay": decay}, {"params": vectors, "weight_decay": 0.0}]
-        self.optimizer = torch.optim.AdamW(groups, lr=peak, betas=(0.9, 0.99), eps=1e-8)
+        muon = {n: p for n, p in self.parameters.items() if p.ndim > 1 and hidden(n)}
+        others = [p for n, p in self.parameters.items() if n not in muon]
+        # With the peak of its learning rate.
+        self.optimizers: list[tuple[torch.optim.Optimizer, float]] = [
+            (torch.optim.AdamW(others, lr=peak, betas=(0.9, 0.99), weight_decay=0.0), peak)
+        ]
+        if muon:
+            self.optimizers.append((Muon(muon.values(), lr=hidden_peak), hidden_peak))
         self.random = np.random.Generator(np.random.PCG64(seed))
         self.noise = torch.Generator().manual_seed(seed)
         self.progress = Progress()
@@ -130,15 +140,18 @@ class Trainer:
         kept = time.monotonic()
         while not self.done:
             began = time.monotonic()
-            rate = learning_rate(self.share, self.progress.step, self.peak, self.warm_up)
-            for group in self.optimizer.param_groups:
-                group["lr"] = rate
+            rate = learning_rate(self.share, self.progress.step, 1.0, self.warm_up)
+            for optimizer, peak in self.optimizers:
+                for group in optimizer.param_groups:
+                    group["lr"] = peak * rate
             terms = loss()
-            self.optimizer.zero_grad(set_to_none=True)
+            for parameter in self.parameters.values():
+                parameter.grad = None
             terms["loss"].backward()
             norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), 1.0)
             if torch.isfinite(norm):
-                self.optimizer.step()
+                for optimizer, _ in self.optimizers:
+                    optimizer.step()
             self.progress.step += 1
             self._average()
             spent = time.monotonic() - began
@@ -172,7 +185,7 @@ class Trainer:
         line = {
             "step": self.progress.step,
             "hours": round(self.progress.seconds / 3600, 4),
-            "rate": round(rate, 7),
+            "rate": round(rate, 7),  # share of the peaks
             "seconds": round(seconds, 3),
             "threads": torch.get_num_threads(),
             **terms,
@@ -185,7 +198,9 @@ class Trainer:
         moments = {
             f"optimizer.{key}.{name}": value
             for name, parameter in self.parameters.items()
-            for key, value in self.optimizer.state[parameter].items()
+            for optimizer, _ in self.optimizers
+            if parameter in optimizer.state
+            for key, value in optimizer.state[parameter].items()
         }
         tensors = {
             **{f"now.{name}": p.detach() for name, p in self.parameters.items()},
@@ -211,12 +226,17 @@ class Trainer:
             for name, parameter in self.parameters.items():
                 parameter.copy_(file.get_tensor(f"now.{name}"))
                 self.averaged[name].copy_(file.get_tensor(f"averaged.{name}"))
-                keys = ("step", "exp_avg", "exp_avg_sq")
-                if f"optimizer.step.{name}" in names:
-                    self.optimizer.state[parameter] = {key: file.get_tensor(f"optimizer.{key}.{name}") for key in keys}
+                for optimizer, _ in self.optimizers:
+                    keys = ("momentum",) if isinstance(optimizer, Muon) else ("step", "exp_avg", "exp_avg_sq")
+                    if all(f"optimizer.{key}.{name}" in names for key in keys) and _holds(optimizer, parameter):
+                        optimizer.state[parameter] = {key: file.get_tensor(f"optimizer.{key}.{name}") for key in keys}
             self.noise.set_state(file.get_tensor("noise"))
         self.random.bit_generator.state = json.loads(about["random"])
         self.progress = Progress(**json.loads(about["progress"]))
+
+
+def _holds(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> bool:
+    return any(parameter is p for group in optimizer.param_groups for p in group["params"])
 
 
 class _Swapped:

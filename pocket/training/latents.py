@@ -12,8 +12,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .clips import POSE_FRAMES, Masking, make_clip, masked_reference
-from .figure import PARTS
+from ..clips import POSE_FRAMES, Masking, make_clip, masked_reference
+from ..figure import PARTS
 from .language import Language
 from .settings import Shapes
 from .train_vae import to_pixels
@@ -36,17 +36,15 @@ class Batch:
 
 
 @torch.no_grad()
-def moments(vae: Any, frames: NDArray[np.uint8]) -> Tensor:
-    """[F, H, W, 3] uint8 -> mean and standard deviation, [2, f, C, h, w] float32."""
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        parameters = vae.encode(to_pixels(frames[None])).latent_dist.parameters.float()
-    mean, log_variance = parameters[0].chunk(2)
-    return torch.stack([mean, torch.exp(0.5 * log_variance.clamp(-30, 20))]).transpose(1, 2)
+def moments(vae: Any, clips: NDArray[np.uint8]) -> Tensor:
+    """[B, F, H, W, 3] uint8 -> mean and standard deviation, [B, 2, f, C, h, w] float32."""
+    mean, log_variance = vae.encode(to_pixels(clips)).latent_dist.parameters.chunk(2, dim=1)
+    return torch.stack([mean, torch.exp(0.5 * log_variance.clamp(-30, 20))], dim=1).transpose(2, 3)
 
 
 def latent_spread(vae: Any, clips: int) -> float:
     """Root mean square of the video latents of training clips, sampled, which the scaling factor makes one."""
-    squares = [moments(vae, make_clip("train", i).frames).square().sum(0).mean() for i in range(clips)]
+    squares = [moments(vae, make_clip("train", i).frames[None])[0].square().sum(0).mean() for i in range(clips)]
     return float(torch.stack(squares).mean().sqrt())
 
 
@@ -69,11 +67,9 @@ class LatentStore:
         """Encodes until there are `count` clips."""
         for i in range(self.count, min(count, len(self.tokens))):
             clip = make_clip("train", i)
-            self.clips[i, 0] = moments(self.vae, clip.frames).numpy()
-            self.clips[i, 1] = moments(self.vae, clip.pose).numpy()
-            for m, masking in enumerate(MASKINGS):
-                reference = masked_reference(clip.frames[0], clip.parts[0], masking)
-                self.images[i, m] = moments(self.vae, reference[None])[:, 0].numpy()
+            self.clips[i] = moments(self.vae, np.stack([clip.frames, clip.pose])).numpy()
+            references = [masked_reference(clip.frames[0], clip.parts[0], masking) for masking in MASKINGS]
+            self.images[i] = moments(self.vae, np.stack(references)[:, None])[:, :, 0].numpy()
             self.people[i] = _person(clip.parts, self.people.shape[1:])
             self.tokens[i] = self.language.ids(clip.caption)
             self.count = i + 1

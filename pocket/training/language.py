@@ -10,8 +10,8 @@ import numpy as np
 import sentencepiece
 from numpy.typing import NDArray
 
-from .exact import Stream
-from .wardrobe import MOTIONS, caption, draw_look, draw_place
+from ..exact import Stream
+from ..wardrobe import MOTIONS, caption, draw_look, draw_place
 
 __all__ = ["Language", "write_tokenizer"]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass, field
 
-from .clips import COLUMNS, POSE_FRAMES, ROWS
+from ..clips import COLUMNS, POSE_FRAMES, ROWS
 
 __all__ = ["FULL", "SMOKE", "DitRun", "Settings", "Shapes", "VaeRun"]
 
@@ -14,13 +14,13 @@ __all__ = ["FULL", "SMOKE", "DitRun", "Settings", "Shapes", "VaeRun"]
 class Shapes:
     """Sizes of the networks. The VAE has as many levels as `channels` and compresses 2x per level but the last."""
 
-    channels: tuple[int, ...] = (16, 48, 64)
+    channels: tuple[int, ...] = (16, 32, 80)
     latent_channels: int = 16
     vae_layers: int = 1
     norm_groups: int = 8
     heads: int = 4
     head_dim: int = 64
-    blocks: int = 7
+    blocks: int = 6
     time_dim: int = 48
     text_dim: int = 128
     text_length: int = 32
@@ -47,12 +47,13 @@ class VaeRun:
 
     steps: int = 30000
     clips: int = 3000  # drawn once, used again and again
-    learning_rate: float = 1.2e-3
-    warm_up: int = 100
-    average: float = 0.998  # of the weights that are kept (EMA)
+    learning_rate: float = 1.5e-3
+    hidden_rate: float = 6e-3  # of Muon, which trains all but the first and last layers
+    warm_up: int = 50
+    average: float = 0.995  # of the weights that are kept (EMA)
     kl: float = 1e-4
     gradient: float = 0.5  # weight of the error of differences of neighbouring pixels
-    still_first: float = 0.15  # of the budget, which begins with single frames only
+    still_first: float = 0.25  # of the budget, which begins with single frames only
     still_share: float = 0.08  # steps on single frames after that
     still_batch: int = 8
     long_share: float = 0.15  # steps on a whole clip
@@ -64,11 +65,12 @@ class DitRun:
     """Training of transformer and text encoder, on latents that were computed once."""
 
     steps: int = 40000
-    clips: int = 10000
-    batch: int = 12
-    learning_rate: float = 6e-4
-    warm_up: int = 500
-    average: float = 0.9995
+    clips: int = 4000
+    batch: int = 16
+    learning_rate: float = 1.5e-3
+    hidden_rate: float = 4e-3  # of Muon, which trains the matrices of attention and feed-forward
+    warm_up: int = 100
+    average: float = 0.998
     caption_dropout: float = 0.1
     masked_share: float = 0.5
     person_weight: float = 1.0  # extra weight of the person's region
