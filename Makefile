@@ -19,7 +19,7 @@ test: .venv/test.stamp
 .venv/bin/python:
 	$(PYTHON) -m venv .venv
 
-SOURCES = pyproject.toml constraints.txt $(shell find bundle cli engines export package runtime -name '*.py')
+SOURCES = pyproject.toml constraints.txt $(shell find bundle cli engines export package pocket runtime -name '*.py' -o -name '*.safetensors')
 
 .venv/demo.stamp: .venv/bin/python $(SOURCES)
 	$(PIP) ".[export]"

@@ -1,4 +1,4 @@
-"""`dynamictrl demo`: the main job from end to end, with nothing to download."""
+"""`dynamictrl demo`: the main job from end to end with the pocket model, and nothing to download."""
 
 from __future__ import annotations
 
@@ -13,22 +13,29 @@ from ..bundle.errors import DeviceError, from_os_error
 from .animate import make
 from .console import json_option, note, print_json, verbose_option, working
 
-HEIGHT, WIDTH, FRAMES, FPS, STEPS, SEED = 160, 96, 17, 8, 8, 42
-PROMPT = "a person in a blue shirt waves, the background shows a green meadow"
+FPS, STEPS, SEED, PERSON, ZOOM = 8, 20, 42, 3, 2
 
 
-@click.command("demo", short_help="Make a first clip from built-in tiny weights.")
+@click.command("demo", short_help="Make a first clip with the pocket model that comes with this program.")
 @click.option("--out", default="demo.mp4", show_default=True, help="clip.mp4, clip.webm, or a folder for PNG frames.")
+@click.option(
+    "--person",
+    default=PERSON,
+    show_default=True,
+    type=click.IntRange(0, 2**32 - 1),
+    metavar="N",
+    help="Which person and motion; the model was trained on none of them.",
+)
+@click.option("--bundle", metavar="FOLDER", help="Keep the exported bundle in this new folder.")
 @json_option
 @verbose_option
-def command(out: str, as_json: bool) -> None:
-    """Make a first clip: write a tiny checkpoint, export it, draw a person and a pose clip, animate.
+def command(out: str, person: int, bundle: str | None, as_json: bool) -> None:
+    """Make a first clip: export the pocket model, draw a person and a pose clip, animate.
 
-    The weights are random: the clip shows that everything works, not what a trained model makes. A contact sheet of photo,
-    pose clip and clip is written beside it. Needs the extra: pip install "dynamictrl-edge[export]"
+    The pocket model is a small DynamiCtrl that was trained on drawn people (64x96 pixels, 17 frames). A contact sheet of photo,
+    pose clip, truth and clip is written beside the clip. Needs the extra: pip install "dynamictrl-edge[export]"
     """
     try:
-        from ..export.demo_checkpoint import write_demo_checkpoint
         from ..export.exporter import export_checkpoint
     except ImportError as error:
         raise DeviceError(
@@ -38,51 +45,52 @@ def command(out: str, as_json: bool) -> None:
     from PIL import Image
 
     from ..bundle.atomic import atomic_file
+    from ..pocket import MODEL
+    from ..pocket.clips import COLUMNS, FRAMES, LEAD, ROWS, make_clip
     from ..runtime import Animator
     from ..runtime.media import check_writer_target, read_clip
-    from ..runtime.metrics import contact_sheet
-    from .figure import draw_photo, draw_pose_clip
+    from ..runtime.metrics import contact_sheet, psnr
 
     target = Path(out)
     sheet = target.with_name(f"{target.stem}-sheet.png") if target.name else target
-    photo, pose = draw_photo(HEIGHT, WIDTH), draw_pose_clip(HEIGHT, WIDTH, FRAMES)
+    drawn = make_clip("held-out", person, masking="none")
     with (
         _folder_made(target.parent),
         tempfile.TemporaryDirectory(prefix="dynamictrl-demo-") as folder,
         working(as_json) as progress,
     ):
         check_writer_target(out)
-        progress.stage("Writing a tiny checkpoint")
-        write_demo_checkpoint(Path(folder) / "checkpoint")
-        export_checkpoint(
-            Path(folder) / "checkpoint",
-            Path(folder) / "bundle",
-            height=HEIGHT,
-            width=WIDTH,
-            frames=FRAMES,
-            fps=FPS,
-            progress=progress,
-        )
+        exported = Path(bundle) if bundle is not None else Path(folder) / "bundle"
+        export_checkpoint(MODEL, exported, height=ROWS, width=COLUMNS, frames=FRAMES, fps=FPS, progress=progress)
         result = make(
-            Animator.from_bundle(Path(folder) / "bundle", cache=False),
+            Animator.from_bundle(exported, cache=False),
             out,
             None,
             progress,
-            image=photo,
-            pose=pose,
-            prompt=PROMPT,
+            image=drawn.reference,
+            pose=drawn.pose,
+            prompt=drawn.caption,
             num_inference_steps=STEPS,
+            guidance_scale=1.0,
             seed=SEED,
         )
         frames = read_clip(out)[0]
-        rows = [("photo", photo[None].repeat(len(frames), 0)), ("pose", pose), ("clip", frames)]
+        rows = [
+            ("photo", drawn.reference[None].repeat(FRAMES, 0)),
+            ("pose", drawn.pose[LEAD:]),
+            ("truth", drawn.truth),
+            ("clip", frames),
+        ]
         with atomic_file(sheet) as temporary:
-            Image.fromarray(contact_sheet(rows)).save(temporary, "PNG")
+            shown = [(label, clip.repeat(ZOOM, 1).repeat(ZOOM, 2)) for label, clip in rows]
+            Image.fromarray(contact_sheet(shown)).save(temporary, "PNG")
     result["sheet"] = str(sheet)
+    result["prompt"] = drawn.caption
+    result["psnr"] = round(float(psnr(frames, drawn.truth).mean()), 2)
     if as_json:
         print_json(result)
     else:
-        note(f"Wrote {out} ({result['frames']} frames) and {sheet}. The weights are random, so the clip is noise.")
+        note(f"Wrote {out} ({result['frames']} frames) and {sheet}: {drawn.caption}.")
 
 
 @contextlib.contextmanager

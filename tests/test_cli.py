@@ -551,12 +551,16 @@ def test_compare_measures_a_difference_between_a_folder_and_a_video(
 def test_the_demo_runs_from_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("torch", reason="the demo exports, which needs the extra 'export'")
     out = tmp_path / "new" / "folder" / "demo.mp4"
-    result = made(capsys, ["demo", "--out", str(out)])
-    assert_video(out, 17, 8, 96, 160)
+    bundle = tmp_path / "bundle"
+    result = made(capsys, ["demo", "--out", str(out), "--bundle", str(bundle)])
+    assert_video(out, 17, 8, 64, 96)
     assert result["frames"] == 17
+    # The person of the photo in the motion of the pose clip; copying the photo gives 20.6 dB.
+    assert result["psnr"] > 22
     with Image.open(result["sheet"]) as picture:
-        assert picture.height > 3 * 160
+        assert picture.height > 4 * 192
     assert sorted(p.name for p in out.parent.iterdir()) == ["demo-sheet.png", "demo.mp4"]
+    assert made(capsys, ["inspect", str(bundle)])["precision"] == "fp32"
 
 
 @pytest.mark.parametrize("verb", ["", *VERBS])

@@ -60,6 +60,21 @@ def test_the_bundle_animates_as_the_networks_do(trained: tuple[Path, Networks]) 
     assert codec.decode(codec.encode(clip.truth)).shape == clip.truth.shape
 
 
+def test_a_finished_checkpoint_is_a_beginning(trained: tuple[Path, Networks], tmp_path: Path) -> None:
+    first, networks = trained
+    settings = dataclasses.replace(SMOKE, vae=dataclasses.replace(SMOKE.vae, steps=1), sheet_clips=1)
+    settings = dataclasses.replace(settings, dit=dataclasses.replace(SMOKE.dit, steps=1))
+    again = train(tmp_path / "run", settings, start=first / "checkpoint")
+    for (name, new), old in zip(again.vae.named_parameters(), networks.vae.parameters(), strict=True):
+        rounded = old.to(torch.bfloat16).float()
+        assert torch.equal(new, rounded) == name.startswith("encoder.") or torch.allclose(new, rounded, atol=0.05), name
+    assert again.scaling_factor == networks.scaling_factor
+    assert not torch.equal(again.vae.decoder.conv_in.conv.weight, networks.vae.decoder.conv_in.conv.weight)
+    spent = json.loads((tmp_path / "run" / "checkpoint" / "training.json").read_text())
+    assert spent["vae"]["steps"] == spent["dit"]["steps"] == 5
+    assert "5 steps in" in (tmp_path / "run" / "checkpoint" / "README.md").read_text()
+
+
 def test_a_vae_that_was_trained_further_does_not_fit_the_latents_of_before(trained: tuple[Path, Networks]) -> None:
     folder, networks = trained
     path = folder / "scaling.json"

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import json
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from ..clips import COLUMNS, FRAMES, POSE_FRAMES, ROWS
 from .settings import Settings
+from .start import Spent
 
 __all__ = ["model_card"]
 
 
-def model_card(run: Path, settings: Settings) -> str:
+def model_card(run: Path, settings: Settings, spent: Mapping[str, Spent]) -> str:
     """The text for a training folder; with the figures of `evaluation/table.md` in it, where there are any."""
     shapes = settings.shapes
-    vae, dit = _last(run / "vae" / "log.jsonl"), _last(run / "dit" / "log.jsonl")
+    vae, dit = spent["vae"], spent["dit"]
     evaluation = run / "evaluation" / "table.md"
     figures = (
         evaluation.read_text() if evaluation.exists() else "Not measured yet; `python -m pocket.evaluate` does it.\n"
@@ -52,8 +52,8 @@ frames it makes one latent frame more and drops the first, so that frame 0 of th
 From nothing, by `python -m pocket.training.train --out FOLDER`, on clips drawn by `pocket.clips` (seeded; no photograph, no
 video and no other model had a part in it): articulated people of varied build, clothes, skin and hair that walk, wave, dance, turn,
 squat and raise their arms before hills, cities, beaches and walls. Half of the references had their background or their
-clothes blacked out, and a tenth of the captions was left out. VAE: {vae.get("step", 0)} steps in {vae.get("hours", 0):.1f} hours.
-Transformer and text encoder: {dit.get("step", 0)} steps of {settings.dit.batch} clips in {dit.get("hours", 0):.1f} hours. Weights
+clothes blacked out, and a tenth of the captions was left out. VAE: {vae["steps"]} steps in {vae["hours"]:.1f} hours.
+Transformer and text encoder: {dit["steps"]} steps of {settings.dit.batch} clips in {dit["hours"]:.1f} hours. Weights
 are exponential averages. Training clips and held-out clips share no seed.
 
 ## How good it is
@@ -69,10 +69,3 @@ are exponential averages. Training clips and held-out clips share no seed.
   about 3 pixels thick.
 - It says nothing about the quality of DynamiCtrl-5B.
 """
-
-
-def _last(log: Path) -> dict[str, Any]:
-    if not log.exists():
-        return {}
-    line: dict[str, Any] = json.loads(log.read_text().splitlines()[-1])
-    return line

@@ -16,6 +16,7 @@ from torch import Tensor
 from dynamictrl_edge.bundle.atomic import atomic_folder
 
 from .networks import SCHEDULER, VERSIONS, text_config, transformer_config, vae_config
+from .start import RECORD, Spent
 from .train_dit import Networks
 
 __all__ = ["LIMIT", "write_checkpoint"]
@@ -34,11 +35,18 @@ INDEX = {
 
 
 def write_checkpoint(
-    folder: Path, networks: Networks, tokenizer: Path, *, card: str | None = None, dtype: torch.dtype = torch.bfloat16
+    folder: Path,
+    networks: Networks,
+    tokenizer: Path,
+    *,
+    spent: Mapping[str, Spent],
+    card: str | None = None,
+    dtype: torch.dtype = torch.bfloat16,
 ) -> int:
     """Writes `folder` whole or not at all, replacing an older one; returns the bytes of all its files.
 
-    `tokenizer`: the folder of `write_tokenizer`. `card`: the model card's text, if there is one yet.
+    `tokenizer`: the folder of `write_tokenizer`. `spent`: kept in the checkpoint, for runs that go on from it. `card`: the
+    model card's text, if there is one yet.
     """
     shapes = networks.settings.shapes
     older = folder.with_name(folder.name + ".old")
@@ -47,6 +55,7 @@ def write_checkpoint(
         folder.rename(older)
     with atomic_folder(folder) as target:
         _json(target / "model_index.json", INDEX)
+        _json(target / RECORD, spent)
         _json(target / "scheduler" / "scheduler_config.json", SCHEDULER)
         transformer = {"_class_name": "DynamiCtrlTransformerModel", "_diffusers_version": VERSIONS["diffusers"]}
         transformer |= dataclasses.asdict(transformer_config(shapes))

@@ -140,6 +140,7 @@ def make_vae(shapes: Shapes) -> AutoencoderKLCogVideoX:
             if isinstance(module, CogVideoXResnetBlock3D):
                 module.conv2.conv.weight.mul_(0.2)  # begins close to a chain of convolutions, which learns faster
             elif isinstance(module, CogVideoXCausalConv3d):
+                module.conv.weight[:, :, :-1] = 0  # begins with frames each by itself, as stills teach them
                 module.forward = MethodType(_causal_convolution, module)
             elif isinstance(module, CogVideoXSpatialNorm3D):
                 module.forward = MethodType(_spatial_norm, module)
@@ -148,12 +149,14 @@ def make_vae(shapes: Shapes) -> AutoencoderKLCogVideoX:
 
 def _causal_convolution(module: Any, inputs: Tensor, conv_cache: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
     """What the module computes. A first chunk of a single frame is repeated into the past, so that the kernel's moments
-    add up: one convolution in the plane, at a third of the work."""
+    add up: one convolution in the plane, at a third of the work. A still teaches the present only: moving pictures, which
+    it says nothing about, then begin as good as stills are."""
     if inputs.shape[2] > 1 or conv_cache is not None or module.time_kernel_size != 3:
         return CogVideoXCausalConv3d.forward(module, inputs, conv_cache)
     conv = module.conv
     padding = (module.height_pad, module.width_pad)
-    result = functional.conv2d(inputs[:, :, 0], conv.weight.sum(2), conv.bias, conv.stride[1:], padding)
+    weight = conv.weight[:, :, :-1].detach().sum(2) + conv.weight[:, :, -1]
+    result = functional.conv2d(inputs[:, :, 0], weight, conv.bias, conv.stride[1:], padding)
     return result[:, :, None], inputs.expand(-1, -1, 2, -1, -1)
 
 

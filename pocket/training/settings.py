@@ -54,10 +54,12 @@ class VaeRun:
     kl: float = 1e-4
     gradient: float = 0.5  # weight of the error of differences of neighbouring pixels
     still_first: float = 0.25  # of the budget, which begins with single frames only
-    still_share: float = 0.08  # steps on single frames after that
+    still_share: float = 0.35  # steps on single frames after that
     still_batch: int = 8
+    window_batch: int = 2
+    window_pace: float = 0.5  # of the learning rates, after stills: batches are smaller then
     long_share: float = 0.15  # steps on a whole clip
-    hours: float = 3.0  # the budget ends with this or with `steps`, and the learning rate comes down to it
+    hours: float = 1.0  # the budget ends with this or with `steps`, and the learning rate comes down to it
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,15 @@
 """Trains the pocket checkpoint from nothing: VAE, then transformer and text encoder on its latents.
 
-    python -m pocket.training.train --out FOLDER [--threads 2] [--vae-hours 3] [--dit-hours 8] [--smoke]
+    python -m pocket.training.train --out FOLDER [--from CHECKPOINT] [--threads 2] [--vae-hours 1] [--dit-hours 8] [--smoke]
+
+`--from pocket/model` goes on from a finished checkpoint instead: then the VAE's encoder stays as it is.
 
 Run it again with the same folder after a kill and it goes on where the last saved state ends. FOLDER then holds
 `vae/` and `dit/` (state, `log.jsonl` with the losses, `quality.jsonl`, sample sheets), `tokenizer/`, `checkpoint/`
 (rewritten at every sample sheet) and, at the end, `bundle/`, `evaluation/` and `done.json`.
+
+Two threads wait for each other at every operator, so that a neighbour on one core costs several times its share: on a machine
+that does other work as well, give the training precedence (`chrt --rr 1`) or one thread.
 """
 
 from __future__ import annotations
@@ -12,6 +17,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -25,31 +31,40 @@ from .checkpoint import write_checkpoint
 from .language import Language, write_tokenizer
 from .latents import latent_spread
 from .settings import FULL, SMOKE, Settings
+from .start import spent_on
 from .train_dit import Networks, train_dit
 from .train_vae import train_vae
 
 __all__ = ["train"]
 
 
-def train(folder: Path, settings: Settings, *, threads: int = 1) -> Networks:
-    """All phases, each to the end of its budget; see the module."""
+def train(folder: Path, settings: Settings, *, threads: int = 1, start: Path | None = None) -> Networks:
+    """All phases, each to the end of its budget; see the module. `start`: the checkpoint to go on from."""
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer = folder / "tokenizer"
     if not (tokenizer / "tokenizer_config.json").exists():
-        write_tokenizer(tokenizer, settings.shapes.vocabulary)
+        if start is None:
+            write_tokenizer(tokenizer, settings.shapes.vocabulary)
+        else:
+            shutil.copytree(start / "tokenizer", tokenizer)
     language = Language(tokenizer, settings.shapes.text_length)
 
-    vae = train_vae(folder / "vae", settings, threads)
-    scaling = _scaling(folder, vae)
+    vae = train_vae(folder / "vae", settings, threads, start)
+    if start is None:
+        scaling = _scaling(folder, vae)
+    else:
+        scaling = float(json.loads((start / "vae" / "config.json").read_text())["scaling_factor"])
 
-    def keep(networks: Networks) -> None:
-        write_checkpoint(folder / "checkpoint", networks, tokenizer, card=model_card(folder, settings))
+    def keep(networks: Networks) -> int:
+        spent = spent_on(folder, start)
+        card = model_card(folder, settings, spent)
+        return write_checkpoint(folder / "checkpoint", networks, tokenizer, spent=spent, card=card)
 
-    networks = train_dit(folder / "dit", settings, vae, language, scaling, threads, keep)
-    size = write_checkpoint(folder / "checkpoint", networks, tokenizer, card=model_card(folder, settings))
+    networks = train_dit(folder / "dit", settings, vae, language, scaling, threads, keep, start)
+    size = keep(networks)
     if settings.held_out and not (folder / "evaluation" / "report.json").exists():
         _measure(folder, settings, threads)
-        size = write_checkpoint(folder / "checkpoint", networks, tokenizer, card=model_card(folder, settings))
+        size = keep(networks)  # with the figures in its card
     (folder / "done.json").write_text(json.dumps({"bytes": size, "when": time.strftime("%Y-%m-%dT%H:%M:%S")}) + "\n")
     return networks
 
@@ -86,7 +101,8 @@ def _scaling(folder: Path, vae: torch.nn.Module) -> float:
 def main() -> int:
     parser = argparse.ArgumentParser(description="Train the pocket checkpoint; run again to go on.")
     parser.add_argument("--out", type=Path, required=True, metavar="FOLDER")
-    parser.add_argument("--threads", type=int, default=2, help="at most; fewer are used while fewer are faster")
+    parser.add_argument("--from", dest="start", type=Path, metavar="CHECKPOINT", help="begin with its weights")
+    parser.add_argument("--threads", type=int, default=2, help="processor cores to use")
     parser.add_argument("--vae-hours", type=float, default=FULL.vae.hours)
     parser.add_argument("--dit-hours", type=float, default=FULL.dit.hours)
     parser.add_argument("--smoke", action="store_true", help="tiny networks and a few steps: does everything run?")
@@ -97,7 +113,7 @@ def main() -> int:
         vae=dataclasses.replace(settings.vae, hours=given.vae_hours),
         dit=dataclasses.replace(settings.dit, hours=given.dit_hours),
     )
-    train(given.out, settings, threads=given.threads)
+    train(given.out, settings, threads=given.threads, start=given.start)
     return 0
 
 

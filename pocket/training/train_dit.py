@@ -27,6 +27,7 @@ from .language import Language
 from .latents import Batch, LatentStore, moments
 from .networks import SCHEDULER, make_text_encoder, make_transformer, rotary
 from .settings import Settings
+from .start import load_weights
 from .trainer import Trainer
 
 __all__ = ["Networks", "sample", "train_dit"]
@@ -54,12 +55,19 @@ def train_dit(
     language: Language,
     scaling: float,
     threads: int,
-    keep: Callable[[Networks], None],
+    keep: Callable[[Networks], object],
+    start: Path | None = None,
 ) -> Networks:
-    """Trains, or goes on training, to the end of the budget; `keep` is given the averaged networks now and then."""
+    """Trains, or goes on training, to the end of the budget; `keep` is given the averaged networks now and then.
+
+    `start`: a checkpoint whose transformer and text encoder are the beginning.
+    """
     run = settings.dit
     torch.manual_seed(settings.seed)
     transformer, text_encoder = make_transformer(settings.shapes), make_text_encoder(settings.shapes)
+    if start is not None:
+        load_weights(transformer, start / "transformer")
+        load_weights(text_encoder, start / "text_encoder")
     networks = Networks(settings, vae, transformer, text_encoder, language, scaling)
     trainer = Trainer(
         folder,

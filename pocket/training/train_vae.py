@@ -22,19 +22,26 @@ from ..clips import POSE_FRAMES, make_clip
 from .drawn import DrawnClips
 from .networks import make_vae
 from .settings import Settings
+from .start import load_weights
 from .trainer import Trainer
 
 __all__ = ["photo_psnr", "train_vae"]
 
-WINDOW = 13  # frames of a first time chunk
+LATENTS = 3  # of a first time chunk in the decoder
 FIRST = 200  # clips drawn before the first step
 
 
-def train_vae(folder: Path, settings: Settings, threads: int) -> Any:
-    """Trains, or goes on training, to the end of the budget; returns the VAE with its averaged weights."""
+def train_vae(folder: Path, settings: Settings, threads: int, start: Path | None = None) -> Any:
+    """Trains, or goes on training, to the end of the budget; returns the VAE with its averaged weights.
+
+    `start`: a checkpoint whose VAE is the beginning. Then only the decoder learns, so that latents stay what they were.
+    """
     run = settings.vae
     torch.manual_seed(settings.seed)
     vae = make_vae(settings.shapes)
+    if start is not None:
+        load_weights(vae, start / "vae")
+        vae.encoder.requires_grad_(False)
     trainer = Trainer(
         folder,
         {"vae": vae},
@@ -72,12 +79,17 @@ def to_pixels(frames: np.ndarray) -> Tensor:
 def _loss(vae: Any, clips: NDArray[np.uint8], trainer: Trainer, settings: Settings) -> dict[str, Tensor]:
     run, random = settings.vae, trainer.random
     draw = float(random.random())
-    if trainer.share < run.still_first or draw < run.still_share:
+    begins = trainer.share < run.still_first and vae.encoder.conv_in.conv.weight.requires_grad
+    trainer.pace = 1.0 if begins else run.window_pace
+    drop = int(random.integers(2))  # whether the decoder's first latent stands for four frames, as in the runtime
+    if begins or draw < run.still_share:
         kinds, length = [int(random.random() < 0.3) for _ in range(run.still_batch)], 1
     elif draw < run.still_share + run.long_share:
         kinds, length = [int(random.random() < 0.4)], POSE_FRAMES
     else:
-        kinds, length = [0, int(random.integers(2))], WINDOW  # photographs, and photographs or poses
+        # Photographs, and as often as not poses.
+        kinds = [int(random.random() < 0.3) for _ in range(run.window_batch)]
+        length = 4 * (LATENTS + drop) - 3
     windows = []
     for kind in kinds:
         start = int(random.integers(POSE_FRAMES - length + 1))
@@ -90,9 +102,8 @@ def _loss(vae: Any, clips: NDArray[np.uint8], trainer: Trainer, settings: Settin
     noise = torch.randn(mean.shape, generator=trainer.noise)
     latents = mean + torch.exp(0.5 * log_variance) * noise
     if length > 1:
-        keep = latents.shape[2] - 1
+        keep = latents.shape[2] - drop
         keep -= 1 - keep % 2  # an odd number of latents makes whole clips
-        drop = int(random.integers(2))
         latents = latents[:, :, drop : drop + keep]
         first = 4 * drop
         pixels = pixels[:, :, first : first + 4 * keep - 3]

@@ -1,4 +1,4 @@
-"""The part of training that VAE and DiT share: schedule, averaged weights, saved state, log, threads.
+"""The part of training that VAE and DiT share: schedule, averaged weights, saved state, log.
 
 A run can be killed at any moment and started again with the same command: its state (weights, averages, optimizer, random
 state, step, seconds) is written to one file that takes the place of the last one at once.
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from .muon import Muon
 
-__all__ = ["Progress", "ThreadChoice", "Trainer", "learning_rate"]
+__all__ = ["Progress", "Trainer", "learning_rate"]
 
 
 def learning_rate(share: float, step: int, peak: float, warm_up: int) -> float:
@@ -45,35 +45,6 @@ class Progress:
     def share(self, steps: int, hours: float) -> float:
         """0..1 of the budget, by steps or by hours, whichever is further."""
         return min(1.0, max(self.step / steps, self.seconds / (hours * 3600)))
-
-
-class ThreadChoice:
-    """Uses one thread or `most`, whichever is faster now: on shared cores threads wait for each other.
-
-    Every `every` seconds a few steps are timed with each. More threads must pay: one leaves a core to others.
-    """
-
-    GAIN = 1.15
-
-    def __init__(self, most: int, every: float = 240.0, trials: int = 5) -> None:
-        self.most, self.every, self.trials = most, every, trials
-        self._next = 0.0
-        self._times: dict[int, list[float]] = {}
-        torch.set_num_threads(1)
-
-    def step_done(self, seconds: float) -> None:
-        now = time.monotonic()
-        if self.most < 2 or now < self._next:
-            return
-        current = torch.get_num_threads()
-        self._times.setdefault(current, []).append(seconds)
-        for count in (1, self.most):
-            if len(self._times.get(count, [])) < self.trials:
-                torch.set_num_threads(count)
-                return
-        one, more = (sorted(self._times[count])[self.trials // 2] for count in (1, self.most))
-        torch.set_num_threads(self.most if more * self.GAIN < one else 1)
-        self._times, self._next = {}, now + self.every
 
 
 class Trainer:
@@ -101,8 +72,11 @@ class Trainer:
         folder.mkdir(parents=True, exist_ok=True)
         self.folder, self.models = folder, dict(models)
         self.warm_up, self.average = warm_up, average
+        self.pace = 1.0  # factor on all learning rates, for whoever makes the losses to set
         self.steps, self.hours, self.keep_every = steps, hours, keep_every
-        self.parameters = {f"{m}.{n}": p for m, model in models.items() for n, p in model.named_parameters()}
+        self.parameters = {
+            f"{m}.{n}": p for m, model in models.items() for n, p in model.named_parameters() if p.requires_grad
+        }
         self.averaged = {name: p.detach().clone() for name, p in self.parameters.items()}
         muon = {n: p for n, p in self.parameters.items() if p.ndim > 1 and hidden(n)}
         others = [p for n, p in self.parameters.items() if n not in muon]
@@ -115,7 +89,7 @@ class Trainer:
         self.random = np.random.Generator(np.random.PCG64(seed))
         self.noise = torch.Generator().manual_seed(seed)
         self.progress = Progress()
-        self.threads = ThreadChoice(threads)
+        torch.set_num_threads(threads)
         self._state = folder / "state.safetensors"
         self._losses: dict[str, list[float]] = {}
         if self._state.exists():
@@ -140,7 +114,7 @@ class Trainer:
         kept = time.monotonic()
         while not self.done:
             began = time.monotonic()
-            rate = learning_rate(self.share, self.progress.step, 1.0, self.warm_up)
+            rate = self.pace * learning_rate(self.share, self.progress.step, 1.0, self.warm_up)
             for optimizer, peak in self.optimizers:
                 for group in optimizer.param_groups:
                     group["lr"] = peak * rate
@@ -156,7 +130,6 @@ class Trainer:
             self._average()
             spent = time.monotonic() - began
             self.progress.seconds += min(spent, LONGEST)
-            self.threads.step_done(spent)
             for name, value in {**{k: float(v.detach()) for k, v in terms.items()}, "norm": float(norm)}.items():
                 self._losses.setdefault(name, []).append(value)
             if self.progress.step % log == 0 or self.done:
@@ -187,7 +160,6 @@ class Trainer:
             "hours": round(self.progress.seconds / 3600, 4),
             "rate": round(rate, 7),  # share of the peaks
             "seconds": round(seconds, 3),
-            "threads": torch.get_num_threads(),
             **terms,
         }
         with (self.folder / "log.jsonl").open("a") as file:
