@@ -90,7 +90,7 @@ def draw_motion(stream: Stream, motion: str, build: Build, frames: int, hold: in
 def _draw_pose(stream: Stream, motion: str, time: Floats) -> Pose:
     still = np.zeros_like(time)
     start = stream.between(0.0, 360.0)
-    beat = start + time * stream.between(22.0, 38.0)  # degrees of a cycle: 9 to 16 frames each
+    beat = start + time * stream.between(12.0, 21.0)  # degrees of a cycle: 17 to 30 frames each
     wave, other = _sin(beat), _sin(beat + 90.0)
     yaw = stream.between(-35.0, 35.0) + still
     side = stream.choice((-1.0, 1.0))
@@ -133,7 +133,7 @@ def _draw_pose(stream: Stream, motion: str, time: Floats) -> Pose:
             swing[f"{name} thigh"], swing[f"{name} shank"] = bend, -bend
             spread[f"{name} thigh"] = 6.0 + 0.4 * bend
     elif motion == "turn":
-        pose.yaw = stream.between(-60.0, 60.0) + side * stream.between(7.0, 13.0) * time
+        pose.yaw = stream.between(-60.0, 60.0) + side * stream.between(4.0, 7.0) * time
         for name, phase in (("right", 0.0), ("left", 180.0)):
             step = 9.0 * (1.0 + _sin(beat + phase))
             swing[f"{name} thigh"], swing[f"{name} shank"] = step, -step

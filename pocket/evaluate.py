@@ -1,7 +1,5 @@
 """How well a checkpoint animates clips that it was never trained on.
 
-    python -m pocket.evaluate BUNDLE [--clips 50] [--steps 20] [--guidance 1.0] [--masked-guidance 3.0] [--out FOLDER]
-
 Every held-out clip is animated from its frame 0, its pose clip and its caption, and held against the true clip; beside it
 stand what no model is needed for (copying the reference; coding the truth with the VAE), and ablations: another clip's pose,
 no pose (a black clip), another clip's caption. Clips whose reference lacks background or clothes are measured by whether the
@@ -13,9 +11,6 @@ spread of the truth's latents. It says how alike clips are to that encoder, and 
 
 from __future__ import annotations
 
-import argparse
-import json
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,14 +18,13 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from dynamictrl_edge.runtime.metrics import psnr, ssim
 
 from .clips import COLUMNS, FRAMES, LEAD, ROWS, Clip, Masking, Pixels, make_clip
 from .measures import background_colours, clothes_colours, identity, limb_errors, person_psnr
 
-__all__ = ["Animate", "Codec", "Report", "Row", "contact_sheet", "evaluate", "of_bundle", "table", "write_report"]
+__all__ = ["Animate", "Codec", "Report", "Row", "contact_sheet", "evaluate", "of_bundle", "table"]
 
 Animate = Callable[[Pixels, Pixels, str, int, float], Pixels]
 """(reference [H, W, 3], pose [POSE_FRAMES, H, W, 3], caption, seed, guidance) -> [FRAMES, H, W, 3], all uint8."""
@@ -202,14 +196,6 @@ def contact_sheet(
     return np.concatenate(pairs).repeat(zoom, 0).repeat(zoom, 1)
 
 
-def write_report(report: Report, folder: Path) -> None:
-    """Writes `report.json`, `table.md` and `sheet.png`."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "report.json").write_text(json.dumps(report.as_json(), indent=1) + "\n")
-    (folder / "table.md").write_text(table(report))
-    Image.fromarray(contact_sheet(report.strips)).save(folder / "sheet.png")
-
-
 def of_bundle(bundle: Path | str, *, steps: int = 20, threads: int | None = None) -> tuple[Animate, Codec]:
     """What `dynamictrl animate` makes of a bundle, and its VAE."""
     from dynamictrl_edge.runtime import Animator
@@ -241,42 +227,3 @@ def of_bundle(bundle: Path | str, *, steps: int = 20, threads: int | None = None
         return to_uint8(VAEDecoder(animator.backend.graph).decode(latents[None]))
 
     return animate, Codec(encode, decode)
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description="Measure a bundle on held-out clips.")
-    parser.add_argument("bundle", type=Path)
-    parser.add_argument("--clips", type=int, default=50)
-    parser.add_argument("--masked", type=int, default=None, help="default: as many as --clips")
-    parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--guidance", type=float, default=1.0)
-    parser.add_argument("--masked-guidance", type=float, default=3.0)
-    parser.add_argument("--threads", type=int, default=None)
-    parser.add_argument("--no-ablations", action="store_true")
-    parser.add_argument("--out", type=Path, default=None, metavar="FOLDER", help="report.json, table.md, sheet.png")
-    given = parser.parse_args()
-    animate, codec = of_bundle(given.bundle, steps=given.steps, threads=given.threads)
-
-    def progress(done: int, total: int) -> None:
-        print(f"\r{done} of {total} clips", end="", file=sys.stderr, flush=True)
-
-    report = evaluate(
-        animate,
-        codec,
-        clips=given.clips,
-        masked=given.masked,
-        guidance=given.guidance,
-        masked_guidance=given.masked_guidance,
-        ablations=not given.no_ablations,
-        progress=progress,
-    )
-    report.settings["steps"] = given.steps
-    print(file=sys.stderr)
-    print(table(report))
-    if given.out is not None:
-        write_report(report, given.out)
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -14,7 +14,7 @@ from pocket.figure import HUES, PARTS
 from pocket.wardrobe import COLOURS, MOTIONS
 
 # SHA-256 over frames, pose, parts, reference and caption of the first clips: a change here changes every training set.
-DIGEST = "d782bc40e6ab9e92db9165cff655d35d699375220b1105d675e8b3eb0ba5159c"
+DIGEST = "8bd278a5828b3fad7b564eeebdd38d8fb713fb5a1b80e65a0ec9f6daf5de1e71"
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 
 from ..clips import COLUMNS, FRAMES, POSE_FRAMES, ROWS
 from .settings import Settings
@@ -12,14 +11,10 @@ from .start import Spent
 __all__ = ["model_card"]
 
 
-def model_card(run: Path, settings: Settings, spent: Mapping[str, Spent]) -> str:
-    """The text for a training folder; with the figures of `evaluation/table.md` in it, where there are any."""
+def model_card(settings: Settings, spent: Mapping[str, Spent]) -> str:
+    """The card's text; `benchmarks/tables.py` puts the measured figures between its two marks."""
     shapes = settings.shapes
     vae, dit = spent["vae"], spent["dit"]
-    evaluation = run / "evaluation" / "table.md"
-    figures = (
-        evaluation.read_text() if evaluation.exists() else "Not measured yet; `python -m pocket.evaluate` does it.\n"
-    )
     channels = ", ".join(map(str, shapes.channels))
     vae_sizes = f"{shapes.latent_channels} latent channels, {shapes.scale}x in space, 4x in time"
     dit_sizes = f"{shapes.blocks} blocks of width {shapes.heads * shapes.head_dim}, {shapes.heads} heads"
@@ -58,7 +53,10 @@ are exponential averages. Training clips and held-out clips share no seed.
 
 ## How good it is
 
-{figures}
+<!-- pocket -->
+Not measured yet; `python benchmarks/pocket.py` does it.
+<!-- end -->
+
 ## What it can not do
 
 - Photographs, real videos, faces: it has seen nothing but the generator's drawings, and anything else falls apart.

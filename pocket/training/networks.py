@@ -140,7 +140,11 @@ def make_vae(shapes: Shapes) -> AutoencoderKLCogVideoX:
             if isinstance(module, CogVideoXResnetBlock3D):
                 module.conv2.conv.weight.mul_(0.2)  # begins close to a chain of convolutions, which learns faster
             elif isinstance(module, CogVideoXCausalConv3d):
-                module.conv.weight[:, :, :-1] = 0  # begins with frames each by itself, as stills teach them
+                # What stills teach is the sum over the kernel's moments; moving pictures begin as differences that cancel out
+                # in it. (Without them, coding of motion never begins: encoder and decoder wait for each other.)
+                past = module.conv.weight[:, :, :-1]
+                past.mul_(0.5)
+                module.conv.weight[:, :, -1].sub_(past.sum(2))
                 module.forward = MethodType(_causal_convolution, module)
             elif isinstance(module, CogVideoXSpatialNorm3D):
                 module.forward = MethodType(_spatial_norm, module)

@@ -88,7 +88,6 @@ class Settings:
     keep_every: float = 180.0  # seconds between saved states
     sheet_every: int = 500  # steps between sample sheets
     sheet_clips: int = 6
-    held_out: int = 50  # clips that the finished checkpoint is measured on; 0: none
 
 
 FULL = Settings()
@@ -109,5 +108,4 @@ SMOKE = Settings(
     keep_every=0.0,
     sheet_every=4,
     sheet_clips=3,
-    held_out=0,
 )

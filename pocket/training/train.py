@@ -6,7 +6,8 @@
 
 Run it again with the same folder after a kill and it goes on where the last saved state ends. FOLDER then holds
 `vae/` and `dit/` (state, `log.jsonl` with the losses, `quality.jsonl`, sample sheets), `tokenizer/`, `checkpoint/`
-(rewritten at every sample sheet) and, at the end, `bundle/`, `evaluation/` and `done.json`.
+(rewritten at every sample sheet) and, at the end, `done.json`. How good it has become, `benchmarks/pocket.py --model
+FOLDER/checkpoint` tells.
 
 Two threads wait for each other at every operator, so that a neighbour on one core costs several times its share: on a machine
 that does other work as well, give the training precedence (`chrt --rr 1`) or one thread.
@@ -24,8 +25,6 @@ from pathlib import Path
 
 import torch
 
-from ..clips import COLUMNS, FRAMES, ROWS
-from ..evaluate import evaluate, of_bundle, write_report
 from .card import model_card
 from .checkpoint import write_checkpoint
 from .language import Language, write_tokenizer
@@ -57,27 +56,13 @@ def train(folder: Path, settings: Settings, *, threads: int = 1, start: Path | N
 
     def keep(networks: Networks) -> int:
         spent = spent_on(folder, start)
-        card = model_card(folder, settings, spent)
+        card = model_card(settings, spent)
         return write_checkpoint(folder / "checkpoint", networks, tokenizer, spent=spent, card=card)
 
     networks = train_dit(folder / "dit", settings, vae, language, scaling, threads, keep, start)
     size = keep(networks)
-    if settings.held_out and not (folder / "evaluation" / "report.json").exists():
-        _measure(folder, settings, threads)
-        size = keep(networks)  # with the figures in its card
     (folder / "done.json").write_text(json.dumps({"bytes": size, "when": time.strftime("%Y-%m-%dT%H:%M:%S")}) + "\n")
     return networks
-
-
-def _measure(folder: Path, settings: Settings, threads: int) -> None:
-    """Exports the checkpoint to `bundle/` and writes what it makes of held-out clips to `evaluation/`."""
-    from dynamictrl_edge.export.exporter import export_checkpoint
-
-    export_checkpoint(
-        folder / "checkpoint", folder / "bundle", height=ROWS, width=COLUMNS, frames=FRAMES, fps=8, replace=True
-    )
-    animate, codec = of_bundle(folder / "bundle", threads=threads)
-    write_report(evaluate(animate, codec, clips=settings.held_out), folder / "evaluation")
 
 
 def _scaling(folder: Path, vae: torch.nn.Module) -> float:
