@@ -11,6 +11,7 @@ import pytest
 from filelock import FileLock
 from hypothesis import settings
 
+from pocket import MODEL
 from tests.cli_samples import without_graphs
 from tests.golden import model_dir
 
@@ -61,7 +62,7 @@ Export = Callable[..., Path]
 def exported(share: Share) -> Export:
     """`exported(model, precision="fp32", denoiser_only=False)`: bundle of a golden model or of a spec in `benchmarks.checkpoints`.
 
-    Do not write into it: copy it. The model "learned" is the 1.0-style one with a stored positional table. `denoiser_only`
+    Do not write into it: copy it. The model "learned" is the 1.0-style one with a stored positional table, "pocket" the trained one of this repository. `denoiser_only`
     leaves out the graphs of text encoder and VAE, where another model has the same.
     """
     pytest.importorskip("torch", reason="exporting needs the extra 'export'")
@@ -74,6 +75,8 @@ def exported(share: Share) -> Export:
             if model in SPECS:
                 checkpoint = folder / "checkpoint"
                 write_checkpoint(checkpoint, SPECS[model])
+            elif model == "pocket":
+                checkpoint = MODEL
             else:
                 checkpoint = _learned(share) if model == "learned" else model_dir(model)
             with pytest.MonkeyPatch.context() as patch:
@@ -117,3 +120,9 @@ def learned_checkpoint(share: Share) -> Path:
 def learned_bundle(exported: Export) -> Path:
     """float32 bundle of `learned_checkpoint`."""
     return exported("learned")
+
+
+@pytest.fixture(scope="session")
+def pocket_bundle(exported: Export) -> Path:
+    """float32 bundle of the pocket model."""
+    return exported("pocket")
