@@ -62,8 +62,8 @@ Export = Callable[..., Path]
 def exported(share: Share) -> Export:
     """`exported(model, precision="fp32", denoiser_only=False)`: bundle of a golden model or of a spec in `benchmarks.checkpoints`.
 
-    Do not write into it: copy it. The model "learned" is the 1.0-style one with a stored positional table, "pocket" the trained one of this repository. `denoiser_only`
-    leaves out the graphs of text encoder and VAE, where another model has the same.
+    Do not write into it: copy it. The model "learned" is the 1.0-style one with a stored positional table, "pocket" the
+    trained one of this repository. `denoiser_only` leaves out the graphs of text encoder and VAE, where another model has the same.
     """
     pytest.importorskip("torch", reason="exporting needs the extra 'export'")
 

@@ -1,8 +1,9 @@
 """Trains the pocket checkpoint from nothing: VAE, then transformer and text encoder on its latents.
 
-    python -m pocket.training.train --out FOLDER [--from CHECKPOINT] [--threads 2] [--vae-hours 1] [--dit-hours 8] [--smoke]
+    python -m pocket.training.train --out FOLDER [--from CHECKPOINT [--encoder]] [--threads 2] [--vae-hours 1] [--dit-hours 8] [--smoke]
 
-`--from pocket/model` goes on from a finished checkpoint instead: then the VAE's encoder stays as it is.
+`--from pocket/model` goes on from a finished checkpoint instead: then the VAE's encoder stays as it is, unless `--encoder` lets
+it learn too and the transformer follow it.
 
 Run it again with the same folder after a kill and it goes on where the last saved state ends. FOLDER then holds
 `vae/` and `dit/` (state, `log.jsonl` with the losses, `quality.jsonl`, sample sheets), `tokenizer/`, `checkpoint/`
@@ -37,8 +38,13 @@ from .train_vae import train_vae
 __all__ = ["train"]
 
 
-def train(folder: Path, settings: Settings, *, threads: int = 1, start: Path | None = None) -> Networks:
-    """All phases, each to the end of its budget; see the module. `start`: the checkpoint to go on from."""
+def train(
+    folder: Path, settings: Settings, *, threads: int = 1, start: Path | None = None, encoder: bool = False
+) -> Networks:
+    """All phases, each to the end of its budget; see the module.
+
+    `start`: the checkpoint to go on from. `encoder`: whether the VAE's encoder then learns too.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer = folder / "tokenizer"
     if not (tokenizer / "tokenizer_config.json").exists():
@@ -48,7 +54,7 @@ def train(folder: Path, settings: Settings, *, threads: int = 1, start: Path | N
             shutil.copytree(start / "tokenizer", tokenizer)
     language = Language(tokenizer, settings.shapes.text_length)
 
-    vae = train_vae(folder / "vae", settings, threads, start)
+    vae = train_vae(folder / "vae", settings, threads, start, encoder=start is None or encoder)
     if start is None:
         scaling = _scaling(folder, vae)
     else:
@@ -87,6 +93,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Train the pocket checkpoint; run again to go on.")
     parser.add_argument("--out", type=Path, required=True, metavar="FOLDER")
     parser.add_argument("--from", dest="start", type=Path, metavar="CHECKPOINT", help="begin with its weights")
+    parser.add_argument("--encoder", action="store_true", help="with --from: the VAE's encoder learns too")
     parser.add_argument("--threads", type=int, default=2, help="processor cores to use")
     parser.add_argument("--vae-hours", type=float, default=FULL.vae.hours)
     parser.add_argument("--dit-hours", type=float, default=FULL.dit.hours)
@@ -98,7 +105,7 @@ def main() -> int:
         vae=dataclasses.replace(settings.vae, hours=given.vae_hours),
         dit=dataclasses.replace(settings.dit, hours=given.dit_hours),
     )
-    train(given.out, settings, threads=given.threads, start=given.start)
+    train(given.out, settings, threads=given.threads, start=given.start, encoder=given.encoder)
     return 0
 
 

@@ -31,17 +31,20 @@ LATENTS = 3  # of a first time chunk in the decoder
 FIRST = 200  # clips drawn before the first step
 
 
-def train_vae(folder: Path, settings: Settings, threads: int, start: Path | None = None) -> Any:
+def train_vae(
+    folder: Path, settings: Settings, threads: int, start: Path | None = None, *, encoder: bool = True
+) -> Any:
     """Trains, or goes on training, to the end of the budget; returns the VAE with its averaged weights.
 
-    `start`: a checkpoint whose VAE is the beginning. Then only the decoder learns, so that latents stay what they were.
+    `start`: a checkpoint whose VAE is the beginning. `encoder` False: only the decoder learns, so that latents stay what they
+    are.
     """
     run = settings.vae
     torch.manual_seed(settings.seed)
     vae = make_vae(settings.shapes)
     if start is not None:
         load_weights(vae, start / "vae")
-        vae.encoder.requires_grad_(False)
+    vae.encoder.requires_grad_(encoder)
     trainer = Trainer(
         folder,
         {"vae": vae},
@@ -62,7 +65,7 @@ def train_vae(folder: Path, settings: Settings, threads: int, start: Path | None
         def loss() -> dict[str, Tensor]:
             ready = min(run.clips, FIRST + trainer.progress.step)  # the rest is drawn as training goes
             drawn.ensure(ready)
-            return _loss(vae, drawn.pixels[:ready], trainer, settings)
+            return _loss(vae, drawn.pixels[:ready], trainer, settings, stills=start is None)
 
         trainer.run(loss, {settings.sheet_every: lambda: _sheet(folder, vae, trainer, settings.sheet_clips)}, log=25)
     with torch.no_grad():
@@ -76,10 +79,11 @@ def to_pixels(frames: np.ndarray) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(frames)).permute(0, 4, 1, 2, 3).float() / 127.5 - 1
 
 
-def _loss(vae: Any, clips: NDArray[np.uint8], trainer: Trainer, settings: Settings) -> dict[str, Tensor]:
+def _loss(vae: Any, clips: NDArray[np.uint8], trainer: Trainer, settings: Settings, stills: bool) -> dict[str, Tensor]:
+    """`stills`: whether training begins with single frames only."""
     run, random = settings.vae, trainer.random
     draw = float(random.random())
-    begins = trainer.share < run.still_first and vae.encoder.conv_in.conv.weight.requires_grad
+    begins = stills and trainer.share < run.still_first
     trainer.pace = 1.0 if begins else run.window_pace
     drop = int(random.integers(2))  # whether the decoder's first latent stands for four frames, as in the runtime
     if begins or draw < run.still_share:
