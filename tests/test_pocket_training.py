@@ -98,12 +98,12 @@ def test_training_goes_on_after_a_kill_as_if_nothing_had_happened(
 
     steps, real = 0, vae_phase._loss
 
-    def killed(*arguments: Any) -> dict[str, Tensor]:
+    def killed(*arguments: Any, **named: Any) -> dict[str, Tensor]:
         nonlocal steps
         steps += 1
         if steps == 3:
             raise Killed
-        return real(*arguments)
+        return real(*arguments, **named)
 
     monkeypatch.setattr(vae_phase, "_loss", killed)
     with pytest.raises(Killed):

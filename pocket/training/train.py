@@ -1,6 +1,7 @@
 """Trains the pocket checkpoint from nothing: VAE, then transformer and text encoder on its latents.
 
-    python -m pocket.training.train --out FOLDER [--from CHECKPOINT [--encoder]] [--threads 2] [--vae-hours 1] [--dit-hours 8] [--smoke]
+    python -m pocket.training.train --out FOLDER [--from CHECKPOINT [--encoder]] [--threads 2]
+                                    [--vae-hours 1] [--dit-hours 8] [--smoke]
 
 `--from pocket/model` goes on from a finished checkpoint instead: then the VAE's encoder stays as it is, unless `--encoder` lets
 it learn too and the transformer follow it.
