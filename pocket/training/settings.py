@@ -18,7 +18,7 @@ class Shapes:
     latent_channels: int = 16
     vae_layers: int = 1
     norm_groups: int = 8
-    heads: int = 4
+    heads: int = 3
     head_dim: int = 64
     blocks: int = 6
     time_dim: int = 48
@@ -68,7 +68,7 @@ class DitRun:
 
     steps: int = 40000
     clips: int = 4000
-    batch: int = 16
+    batch: int = 12
     learning_rate: float = 1.5e-3
     hidden_rate: float = 4e-3  # of Muon, which trains the matrices of attention and feed-forward
     warm_up: int = 100

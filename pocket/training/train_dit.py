@@ -89,7 +89,7 @@ def train_dit(
         tables = rotary(settings.shapes)
 
         def loss() -> dict[str, Tensor]:
-            ready = min(run.clips, FIRST + trainer.progress.step)  # the rest is encoded as training goes
+            ready = min(run.clips, FIRST + trainer.progress.step // 2)  # the rest is encoded as training goes
             store.ensure(ready)
             batch = store.batch(trainer.random, trainer.noise, ready, run.batch, run.masked_share, run.caption_dropout)
             return _loss(networks, batch, alphas, tables, trainer)
