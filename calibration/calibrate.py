@@ -1,0 +1,272 @@
+"""`calibrate`: the whole way from a bundle to a quantized bundle."""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Protocol
+
+import msgspec
+import numpy as np
+
+from ..bundle.atomic import atomic_folder, check_output_place
+from ..bundle.config import geometry
+from ..bundle.errors import BundleError, InputError, UsageError
+from ..bundle.manifest import SCHEMES, Manifest
+from ..bundle.store import Bundle
+from ..runtime.animator import Animator, Prepared
+from ..runtime.backends.onnxruntime import OnnxRuntimeBackend
+from ..runtime.scheduler import make_schedule
+from .block_graph import LINEARS
+from .blocks import Decisions, candidates, decide_blocks
+from .choose import Choice, Kept, choose, graph_name, ranking
+from .decide import PERCENTILES, Settings
+from .measure import Measurer, spread_steps
+from .observe import Observations, Plan, observe, plan_rows
+from .samples import Sample, fingerprint
+from .work import Trajectory, Work, bundle_digest
+from .write import Writer
+
+__all__ = ["Calibration", "Options", "calibrate"]
+
+MEASURED_STEPS = 5  # timesteps of sensitivity and quality
+MEASURED_SAMPLES = 4
+LEAST_BEYOND = 4  # values that must lie beyond the rarest percentile
+
+
+class Options(msgspec.Struct, frozen=True, kw_only=True):
+    """What a person chooses.
+
+    steps: of the observed loops. min_snr: decibels that the denoiser's output must have at every measured timestep;
+    most_high_precision: linears that may stay as they are.
+    """
+
+    settings: Settings = Settings()
+    steps: int = 10
+    guidance: float = 3.0
+    min_snr: float | None = None
+    most_high_precision: int | None = None
+
+
+class Progress(Protocol):
+    """Told what is being done."""
+
+    def stage(self, name: str, total: float | None = None) -> None: ...
+
+    def advance(self, amount: float = 1) -> None: ...
+
+
+class _Silent:
+    def stage(self, name: str, total: float | None = None) -> None: ...
+
+    def advance(self, amount: float = 1) -> None: ...
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What came out. sensitivity: [blocks, linears, steps] decibels of each linear alone; timesteps: the measured ones."""
+
+    manifest: Manifest
+    decisions: list[Decisions]
+    sensitivity: np.ndarray
+    choice: Choice
+    timesteps: tuple[int, ...]
+    denoiser_bytes: tuple[int, int]  # before and after
+
+    def facts(self) -> dict[str, Any]:
+        """Everything as plain values, for JSON."""
+        return {
+            "scheme": self.manifest.label,
+            "timesteps": list(self.timesteps),
+            "output_snr_db": [round(float(x), 3) for x in self.choice.snr],
+            "graphs": {
+                name: self.manifest.block_graphs.count(name) for name in dict.fromkeys(self.manifest.block_graphs)
+            },
+            "high_precision": self.choice.count,
+            "denoiser_bytes": {"before": self.denoiser_bytes[0], "after": self.denoiser_bytes[1]},
+            "linears": [
+                {
+                    "block": block,
+                    "linear": name,
+                    "kept": name in self.choice.kept[block],
+                    "alone_snr_db": [round(float(x), 3) for x in self.sensitivity[block, place]],
+                    **msgspec.to_builtins(decisions[name]),
+                }
+                for block, decisions in enumerate(self.decisions)
+                for place, name in enumerate(LINEARS)
+            ],
+        }
+
+
+def calibrate(
+    bundle: Path | str,
+    output: Path | str,
+    samples: Sequence[Sample],
+    options: Options | None = None,
+    *,
+    threads: int | None = None,
+    progress: Progress | None = None,
+) -> Calibration:
+    """Writes the quantized form of `bundle` to the new folder `output`.
+
+    The source is only read. Statistics and decisions are kept beside the output until it is complete, so that a calibration
+    that was interrupted goes on where it was.
+
+    Raises:
+        BundleError: the bundle is damaged, or quantized already.
+        InputError: the calibration set is empty or too small, activations are not finite or constant, a quality cannot be
+            had, or the output cannot be written.
+        UsageError: an option that can never work.
+        DeviceError: the bundle cannot be run here.
+    """
+    options, progress, output = options or Options(), progress or _Silent(), Path(output)
+    _check_options(options)
+    animator = Animator.from_bundle(bundle, backend="onnxruntime", threads=threads)
+    source, backend = animator.bundle, animator.backend
+    if not isinstance(backend, OnnxRuntimeBackend):
+        raise RuntimeError("calibration runs on ONNX Runtime")
+    if source.manifest.quantization is not None:
+        raise BundleError(
+            f"The bundle {str(source.root)!r} is quantized already ({source.manifest.label}). Calibrate the bundle that it "
+            "was made from."
+        )
+    _check_output(source, output)
+    config = source.manifest.transformer
+    schedule = make_schedule(animator.scheduler, options.steps)
+    plan = Plan(len(samples), schedule, options.guidance, plan_rows(config, len(schedule)))
+    _check_samples(source, samples, plan)
+    work = Work.open(output, _key(source, samples, options))
+
+    def prepared(number: int) -> Prepared:
+        return animator.prepare(**samples[number].request(options.steps, options.guidance))
+
+    progress.stage("Observing", plan.samples * len(schedule))
+    seen = observe(animator, prepared, plan, work, progress.advance)
+    progress.stage("Choosing scales", config.num_layers * len(LINEARS))
+    decisions = decide_blocks(source, seen, options.settings, work, progress.advance)
+    blocks = candidates(source, work)
+    steps = spread_steps(len(schedule), MEASURED_STEPS)
+    measurer = Measurer(source, backend, options.settings.scheme, blocks, schedule, options.guidance, steps)
+    trajectories = [Trajectory.load(work.trajectory(i)) for i in spread_steps(plan.samples, MEASURED_SAMPLES)]
+    progress.stage("Measuring each linear", len(trajectories) * len(steps))
+    sensitivity = measurer.alone(trajectories, progress.advance)
+
+    def quality(kept: Kept) -> np.ndarray:
+        progress.stage("Measuring the whole", len(trajectories) * len(steps))
+        chosen = [frozenset(LINEARS) - one for one in kept]
+        return measurer.mixture(trajectories, chosen, progress.advance)
+
+    choice = choose(
+        ranking(sensitivity), config.num_layers, quality, min_snr=options.min_snr, most=options.most_high_precision
+    )
+    timesteps = tuple(int(schedule.timesteps[i]) for i in steps)
+    progress.stage("Writing", source.manifest.total_bytes)
+    with atomic_folder(output) as folder:
+        writer = Writer(source, folder, progress.advance)
+        names = writer.blocks(options.settings.scheme, blocks, choice)
+        writer.rest()
+        made = Calibration(
+            msgspec.structs.replace(source.manifest, files=writer.files),
+            decisions,
+            sensitivity,
+            choice,
+            timesteps,
+            (denoiser_bytes(source.manifest), _bytes_of(writer.files)),
+        )
+        facts = {**made.facts(), "scheme": options.settings.scheme, "options": msgspec.to_builtins(options)}
+        writer.data("calibration/calibration.json", msgspec.json.format(msgspec.json.encode(facts), indent=1))
+        writer.data("calibration/ranges.json", msgspec.json.encode(_ranges(seen)))
+        manifest = writer.manifest(options.settings.scheme, names, _provenance(source, samples))
+    work.remove()
+    return replace(made, manifest=manifest)
+
+
+def denoiser_bytes(manifest: Manifest) -> int:
+    """Bytes of the transformer's weights."""
+    return _bytes_of(manifest.files)
+
+
+def _bytes_of(files: Any) -> int:
+    parts = ("weights/block_", "weights/modulation_", "weights/denoiser.")
+    return sum(entry.bytes for name, entry in files.items() if name.startswith(parts))
+
+
+def _check_options(options: Options) -> None:
+    if options.settings.scheme not in SCHEMES:
+        raise UsageError(f"--precision {options.settings.scheme!r} is not known; use one of {', '.join(SCHEMES)}.")
+    if options.min_snr is not None and not np.isfinite(options.min_snr):
+        raise UsageError(f"--min-snr {options.min_snr} is not possible: give decibels.")
+    if options.most_high_precision is not None and options.most_high_precision < 0:
+        raise UsageError(f"--max-high-precision {options.most_high_precision} is not possible: give 0 or more.")
+
+
+def _check_output(source: Bundle, output: Path) -> None:
+    """Before long work: the output can be written, is new, and does not lie in the source."""
+    check_output_place(output)
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise InputError(f"The output {str(output)!r} exists already. Remove it, or give another name.")
+    if source.root.resolve() in (output.resolve(), *output.resolve().parents):
+        raise InputError(
+            f"The output {str(output)!r} lies in the source bundle, which stays as it is. Give another name."
+        )
+
+
+def _check_samples(source: Bundle, samples: Sequence[Sample], plan: Plan) -> None:
+    if not samples:
+        raise InputError("The calibration set is empty: there is nothing to calibrate with.")
+    manifest, first = source.manifest, samples[0]
+    size = geometry(
+        manifest.transformer,
+        manifest.vae,
+        first.height or manifest.defaults.height,
+        first.width or manifest.defaults.width,
+        first.frames or manifest.defaults.frames,
+    )
+    tokens = manifest.transformer.max_text_seq_length + size.video_tokens
+    values = min(plan.rows, plan.calls * tokens) * manifest.transformer.width
+    rarest = 1 - max(PERCENTILES)
+    if values * rarest < LEAST_BEYOND:
+        raise InputError(
+            f"{len(samples)} samples with {len(plan.schedule)} steps give about {values} values per tensor, too few for the "
+            f"{100 * max(PERCENTILES):g} % percentile: raise --steps, or give more samples."
+        )
+
+
+def _key(source: Bundle, samples: Sequence[Sample], options: Options) -> str:
+    """What statistics and decisions depend on; the budget of quality is not part of it."""
+    parts = [
+        "1",  # form of the files
+        bundle_digest(source.manifest),
+        fingerprint(samples),
+        repr((options.settings, options.steps, options.guidance)),
+    ]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+def _ranges(seen: Observations) -> list[dict[str, Any]]:
+    """Least and greatest value of every tensor by timestep, over guidance halves and kinds of tokens."""
+    return [
+        {
+            "block": block,
+            "linear": name,
+            "least": tensor.ranges[..., 0].min(axis=(1, 2)).tolist(),
+            "greatest": tensor.ranges[..., 1].max(axis=(1, 2)).tolist(),
+            "histogram": tensor.histogram.tolist(),
+        }
+        for (block, name), tensor in seen.tensors.items()
+    ]
+
+
+def _provenance(source: Bundle, samples: Sequence[Sample]) -> dict[str, str]:
+    found = {
+        "calibrated from": bundle_digest(source.manifest),
+        "calibrated with": f"{len(samples)} samples, {fingerprint(samples)}",
+        "calibrated by python": platform.python_version(),
+    }
+    for name in ("dynamictrl-edge", "onnx", "onnxruntime", "numpy"):
+        found[f"calibrated by {name}"] = metadata.version(name)
+    return found

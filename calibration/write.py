@@ -1,0 +1,136 @@
+"""Writes the quantized bundle: new block graphs and weights, the modulation's with its factors, all else as it was."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import onnx
+
+from ..bundle.manifest import FileEntry, GraphSpec, Manifest, Quantization, Scheme, write_manifest
+from ..bundle.precision import DTYPES
+from ..bundle.store import Bundle
+from ..bundle.tensors import MappedTensors, TensorWriter
+from .block_graph import LINEARS, modulation_graph, quantized
+from .blocks import BlockCandidate
+from .choose import Choice, graph_name
+from .graphs import read_model, spec_of
+
+__all__ = ["Writer"]
+
+OWN = "_cpu"  # the form for ONNX Runtime
+
+
+@dataclass
+class Writer:
+    """Fills the folder of a new bundle; `tick` is called with the bytes that were written."""
+
+    source: Bundle
+    root: Path
+    tick: Callable[[int], None] = lambda nbytes: None
+    files: dict[str, FileEntry] = field(default_factory=dict)
+    graphs: dict[str, GraphSpec] = field(default_factory=dict)
+    linears: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    weights_only: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        for folder in ("graphs", "weights", "calibration"):
+            (self.root / folder).mkdir()
+
+    def blocks(self, scheme: Scheme, candidates: list[BlockCandidate], choice: Choice) -> tuple[str, ...]:
+        """Graphs and weights of all blocks; returns the graph of each."""
+        names = tuple(graph_name(kept) for kept in choice.kept)
+        for name, linears in dict(zip(names, choice.quantized, strict=True)).items():
+            self._block_graph(name, [n for n in LINEARS if n in linears], scheme)
+        if "block" not in self.graphs:
+            self._block_graph("block", list(LINEARS), scheme)
+        factors = False
+        for i, (candidate, linears) in enumerate(zip(candidates, choice.quantized, strict=True)):
+            weights = candidate.weights(linears)
+            order = [port.name for port in self.graphs[names[i]].inputs if port.name in weights]
+            self._tensors(f"weights/block_{i:02d}.safetensors", {name: weights[name] for name in order}, candidate)
+            if scheme != "int8-weights":
+                self._modulation(i, candidate.row_scale(linears))
+                factors = True
+            candidate.release()
+        if factors:
+            self.graph("modulation", modulation_graph(read_model(self.source, "modulation")))
+        return names
+
+    def _block_graph(self, name: str, linears: list[str], scheme: Scheme) -> None:
+        manifest = self.source.manifest
+        for own, form in (("", "portable"), (OWN, "cpu")):
+            if (base := "block" + own) in manifest.graphs:
+                self.graph(name + own, quantized(read_model(self.source, base), linears, scheme, form))  # type: ignore[arg-type]
+                if linears:
+                    self.linears[name + own] = tuple(linears)
+                    if scheme == "int8-weights":
+                        self.weights_only.append(name + own)
+
+    def _modulation(self, block: int, factors: np.ndarray | None) -> None:
+        stored = self.source.tensors(f"modulation_{block:02d}")
+        if factors is None:
+            factors = np.ones((15, self.source.manifest.transformer.width), np.float32)
+        self._tensors(f"weights/modulation_{block:02d}.safetensors", {**stored, "row_scale": factors}, stored)
+        stored.release()
+
+    def _tensors(self, file: str, arrays: Mapping[str, np.ndarray], source: BlockCandidate | MappedTensors) -> None:
+        table = [(name, _dtype(name, array, source), array.shape) for name, array in arrays.items()]
+        with TensorWriter(self.root / file, table) as writer:
+            for name, array in arrays.items():
+                writer.write(name, array)
+                self.tick(array.nbytes)
+            self.files[file] = FileEntry(writer.close(), writer.nbytes)
+
+    def graph(self, name: str, model: onnx.ModelProto) -> None:
+        """Adds `graphs/<name>.onnx`; the standard operators are checked by onnx."""
+        if not name.endswith(OWN):
+            onnx.checker.check_model(model, full_check=True)
+        file = f"graphs/{name}.onnx"
+        self.data(file, model.SerializeToString(deterministic=True))
+        self.graphs[name] = spec_of(model, file)
+
+    def data(self, file: str, content: bytes) -> None:
+        """Adds a file that is no graph."""
+        (self.root / file).write_bytes(content)
+        self.files[file] = FileEntry(hashlib.sha256(content).hexdigest(), len(content))
+
+    def rest(self) -> None:
+        """Copies what was not written anew, and lists the graphs in the source's order."""
+        manifest = self.source.manifest
+        graphs = {name: self.graphs.get(name, spec) for name, spec in manifest.graphs.items()}
+        self.graphs = graphs | {name: spec for name, spec in self.graphs.items() if name not in graphs}
+        for name, entry in manifest.files.items():
+            if name not in self.files and not name.startswith("calibration/"):
+                shutil.copyfile(self.source.path(name), self.root / name)
+                self.files[name] = entry
+                self.tick(entry.bytes)
+
+    def manifest(self, scheme: Scheme, blocks: tuple[str, ...], provenance: Mapping[str, str]) -> Manifest:
+        """Writes and returns the manifest."""
+        source = self.source.manifest
+        made = msgspec.structs.replace(
+            source,
+            graphs=self.graphs,
+            files=self.files,
+            provenance={**source.provenance, **provenance},
+            quantization=Quantization(
+                scheme=scheme, blocks=blocks, linears=self.linears, weights_only=tuple(self.weights_only)
+            ),
+        )
+        write_manifest(self.root, made)
+        return made
+
+
+def _dtype(name: str, array: np.ndarray, source: BlockCandidate | MappedTensors) -> str:
+    """The safetensors name of an array's type: of mapped ones as it was, since numpy does not know them all."""
+    places = (source.narrow, source.exact) if isinstance(source, BlockCandidate) else (source,)
+    for place in places:
+        if name in place and place[name] is array:
+            return place.infos[name].dtype
+    return next(kind for kind, dtype in DTYPES.items() if dtype == array.dtype and kind != "BF16")
