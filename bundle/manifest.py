@@ -13,6 +13,7 @@ from .precision import PRECISIONS
 
 __all__ = [
     "FORMAT_VERSION",
+    "OWN",
     "SCHEMES",
     "FileEntry",
     "GraphSpec",
@@ -20,6 +21,7 @@ __all__ = [
     "Port",
     "Quantization",
     "Scheme",
+    "graph_kind",
     "inside",
     "read_manifest",
     "write_manifest",
@@ -29,6 +31,7 @@ FORMAT_NAME = "dynamictrl-edge-bundle"
 FORMAT_VERSION = 1
 MANIFEST_NAME = "bundle.json"
 BLOCK = "block"
+OWN = "_cpu"  # ends the names of graphs in ONNX Runtime's own operators, which no other runtime has
 
 Scheme = Literal["int8", "fp8", "int8-weights"]
 SCHEMES: tuple[Scheme, ...] = get_args(Scheme)
@@ -73,7 +76,7 @@ class Quantization(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     weights_only: tuple[str, ...] = ()
 
 
-class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, omit_defaults=True):
     """Everything that the runtime knows about a bundle before it opens another file of it.
 
     `precision` is the format of everything that is not quantized.
@@ -97,6 +100,11 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
         """The precision as people call it: fp32, bf16, fp16, int8, fp8 or int8-weights."""
         return self.precision if self.quantization is None else self.quantization.scheme
 
+    def quantized_linears(self, graph: str) -> tuple[str, ...]:
+        """Linears of a graph whose weights and activations are both quantized."""
+        found = self.quantization
+        return () if found is None or graph in found.weights_only else found.linears.get(graph, ())
+
     @property
     def block_graphs(self) -> tuple[str, ...]:
         """For every block, the graph that runs it."""
@@ -105,6 +113,11 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     @property
     def total_bytes(self) -> int:
         return sum(entry.bytes for entry in self.files.values())
+
+
+def graph_kind(name: str) -> str:
+    """The graph that `name` is a form of: "block" for all mixtures of a quantized bundle, else `name` itself."""
+    return BLOCK if name.startswith(f"{BLOCK}_") else name
 
 
 def inside(root: Path, name: str) -> Path:
@@ -167,7 +180,7 @@ def _check_quantization(path: Path, manifest: Manifest) -> None:
         return
     if len(quantization.blocks) != layers:
         raise BundleError(f"{str(path)!r} names graphs for {len(quantization.blocks)} blocks; the model has {layers}.")
-    for name in (*quantization.blocks, *quantization.linears, *quantization.weights_only):
+    for name in quantization.blocks:
         if name not in manifest.graphs:
             raise BundleError(
                 f"{str(path)!r}: its quantization uses the graph {name!r}, which is not in the list of graphs."

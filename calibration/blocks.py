@@ -105,11 +105,11 @@ def _decide_block(
         decisions[name] = decision
         tensors += _tensors(name, made, settings, precision, f"{name} of block {block}")
         tick()
-    with atomic_file(work.weights(block)) as path:
-        with TensorWriter(path, [(name, dtype, array.shape) for name, dtype, array in tensors]) as writer:
-            for name, _, array in tensors:
-                writer.write(name, array)
-            writer.close()
+    table = [(name, dtype, array.shape) for name, dtype, array in tensors]
+    with atomic_file(work.weights(block)) as path, TensorWriter(path, table) as writer:
+        for name, _, array in tensors:
+            writer.write(name, array)
+        writer.close()
     with atomic_file(work.decisions(block)) as path:
         path.write_bytes(msgspec.json.encode(decisions))
     weights.release()

@@ -23,7 +23,7 @@ from ..runtime.backends.onnxruntime import OnnxRuntimeBackend
 from ..runtime.scheduler import make_schedule
 from .block_graph import LINEARS
 from .blocks import Decisions, candidates, decide_blocks
-from .choose import Choice, Kept, choose, graph_name, ranking
+from .choose import Choice, Kept, choose, ranking
 from .decide import PERCENTILES, Settings
 from .measure import Measurer, spread_steps
 from .observe import Observations, Plan, observe, plan_rows

@@ -56,12 +56,8 @@ def merged(kept: Sequence[frozenset[str]], most: int = MOST_GRAPHS) -> Kept:
     made = list(kept)
     while len(distinct := sorted(set(made), key=sorted)) > most:
         pairs = [(a, b) for i, a in enumerate(distinct) for b in distinct[i + 1 :]]
-
-        def cost(pair: tuple[frozenset[str], frozenset[str]]) -> int:
-            union = pair[0] | pair[1]
-            return sum(len(union - one) for one in made if one in pair)
-
-        a, b = min(pairs, key=cost)
+        costs = [sum(len((a | b) - one) for one in made if one in (a, b)) for a, b in pairs]
+        a, b = pairs[costs.index(min(costs))]
         made = [a | b if one in (a, b) else one for one in made]
     return tuple(made)
 

@@ -28,6 +28,7 @@ ALPHAS = (None, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)  # None: no smoothing
 PERCENTILES = (0.9999, 0.999)
 CLIPS = tuple(np.linspace(1.0, 0.5, 11))  # shares of the range that the search for the least square error tries
 MOST_COLUMNS = 512  # that candidates are compared on
+SEARCHED = 256  # rows of the search for the least square error
 EVALUATED = 4  # one row in so many is kept apart for judging
 
 
@@ -237,6 +238,7 @@ def _activation_steps(rows: np.ndarray, largest: float, grid: Grid) -> Iterator[
         clipped = float(np.quantile(magnitudes, share))
         if 0 < clipped < largest:
             yield f"percentile {100 * share:g}", clipped / grid.limit
-    errors = [float(np.square(grid.rounded(rows / (whole * c)) * (whole * c) - rows).mean()) for c in CLIPS]
+    some = rows[:: max(1, len(rows) // SEARCHED)]
+    errors = [float(np.square(grid.rounded(some / (whole * c)) * (whole * c) - some).mean()) for c in CLIPS]
     if (least := int(np.argmin(errors))) > 0:
         yield "mse", whole * float(CLIPS[least])

@@ -18,7 +18,7 @@ from ..bundle.config import TransformerConfig
 from ..bundle.errors import BundleError, InputError
 from ..bundle.store import Bundle
 from ..runtime.animator import Animator, Prepared
-from ..runtime.backends.onnxruntime import OrtGraph, OnnxRuntimeBackend
+from ..runtime.backends.onnxruntime import OnnxRuntimeBackend, OrtGraph
 from ..runtime.denoiser import Denoiser, Step
 from ..runtime.scheduler import Schedule
 from .block_graph import LINEARS, observed

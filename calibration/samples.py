@@ -18,9 +18,8 @@ from typing import Annotated, Any
 import msgspec
 import numpy as np
 
-from ..bundle.errors import InputError, from_os_error
+from ..bundle.errors import BundleError, InputError, from_os_error
 from ..bundle.manifest import inside
-from ..bundle.errors import BundleError
 
 __all__ = ["SAMPLES_NAME", "Sample", "fingerprint", "read_samples"]
 
@@ -101,20 +100,28 @@ def read_samples(folder: Path) -> list[Sample]:
 
 
 def _sample(folder: Path, path: Path, number: int, entry: _Entry, sizes: Sample) -> Sample:
-    files = {}
-    for what in ("image", "pose"):
-        name = getattr(entry, what)
-        try:
-            files[what] = inside(folder, name)
-        except BundleError:
-            raise InputError(
-                f"{str(path)!r}: the {what} of sample {number} is {name!r}, which lies outside the folder."
-            ) from None
-        if not files[what].exists():
-            raise InputError(f"{str(path)!r}: sample {number} names the {what} {name!r}, which does not exist.")
     if not entry.prompt.strip():
         raise InputError(f"{str(path)!r}: the prompt of sample {number} is empty.")
-    return replace(sizes, **files, prompt=entry.prompt, negative_prompt=entry.negative_prompt, seed=entry.seed)
+    return replace(
+        sizes,
+        image=_file(folder, path, number, "image", entry.image),
+        pose=_file(folder, path, number, "pose", entry.pose),
+        prompt=entry.prompt,
+        negative_prompt=entry.negative_prompt,
+        seed=entry.seed,
+    )
+
+
+def _file(folder: Path, path: Path, number: int, what: str, name: str) -> Path:
+    try:
+        found = inside(folder, name)
+    except BundleError:
+        raise InputError(
+            f"{str(path)!r}: the {what} of sample {number} is {name!r}, which lies outside the folder."
+        ) from None
+    if not found.exists():
+        raise InputError(f"{str(path)!r}: sample {number} names the {what} {name!r}, which does not exist.")
+    return found
 
 
 def fingerprint(samples: Sequence[Sample]) -> str:

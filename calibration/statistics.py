@@ -127,8 +127,8 @@ class TensorStatistics:
     @classmethod
     def of(cls, stored: Mapping[str, np.ndarray], prefix: str) -> TensorStatistics:
         """What `arrays` gave."""
-        values = {field: stored[f"{prefix}{field}"] for field in FIELDS}
-        return cls(**{**values, "filled": int(values["filled"])})
+        minimum, maximum, histogram, ranges, rows, filled = (stored[f"{prefix}{field}"] for field in FIELDS)
+        return cls(minimum, maximum, histogram, ranges, rows, int(filled))
 
 
 def statistics_bytes(channels: int, steps: int, rows: int) -> int:

@@ -12,7 +12,7 @@ import msgspec
 import numpy as np
 import onnx
 
-from ..bundle.manifest import FileEntry, GraphSpec, Manifest, Quantization, Scheme, write_manifest
+from ..bundle.manifest import OWN, FileEntry, GraphSpec, Manifest, Quantization, Scheme, write_manifest
 from ..bundle.precision import DTYPES
 from ..bundle.store import Bundle
 from ..bundle.tensors import MappedTensors, TensorWriter
@@ -22,8 +22,6 @@ from .choose import Choice, graph_name
 from .graphs import read_model, spec_of
 
 __all__ = ["Writer"]
-
-OWN = "_cpu"  # the form for ONNX Runtime
 
 
 @dataclass
@@ -67,10 +65,10 @@ class Writer:
         for own, form in (("", "portable"), (OWN, "cpu")):
             if (base := "block" + own) in manifest.graphs:
                 self.graph(name + own, quantized(read_model(self.source, base), linears, scheme, form))  # type: ignore[arg-type]
-                if linears:
-                    self.linears[name + own] = tuple(linears)
-                    if scheme == "int8-weights":
-                        self.weights_only.append(name + own)
+        if linears:
+            self.linears[name] = tuple(linears)
+            if scheme == "int8-weights":
+                self.weights_only.append(name)
 
     def _modulation(self, block: int, factors: np.ndarray | None) -> None:
         stored = self.source.tensors(f"modulation_{block:02d}")

@@ -9,22 +9,20 @@ from typing import Any
 import numpy as np
 
 from ...bundle.errors import BundleError, DeviceError
-from ...bundle.manifest import GraphSpec, Port
+from ...bundle.manifest import OWN, GraphSpec, Port
 from ...bundle.store import Bundle
 
 __all__ = ["OnnxRuntimeBackend"]
 
-# Float32 bundles hold the blocks' graphs in ONNX Runtime's own operators beside the portable form; the interface is the same.
-OWN = "_cpu"
+FP8 = "float8e4m3fn"
 NUMPY: dict[str, type[np.generic]] = {
     "float": np.float32,
     "float16": np.float16,
     "int64": np.int64,
     "int8": np.int8,
-    "float8e4m3fn": np.uint8,  # numpy has no such type; the bytes are passed on
+    FP8: np.uint8,  # numpy has no such type; the bytes are passed on
 }
-# What the binding cannot know from numpy's type: ONNX element types.
-ELEMENT_TYPES = {"float8e4m3fn": 17}
+ELEMENT_TYPES = {FP8: 17}  # ONNX's number of what the binding cannot know from numpy's type
 
 
 class OnnxRuntimeBackend:
@@ -61,7 +59,8 @@ class OnnxRuntimeBackend:
         return self._graphs[key]
 
     def own_name(self, name: str) -> str:
-        """The graph that is run for `name`: its form in ONNX Runtime's own operators, where the bundle has one."""
+        """The graph that is run for `name`: its form in ONNX Runtime's own operators, where the bundle has one (float32
+        bundles have it of the block's graphs; the interface is the same)."""
         return name + OWN if name + OWN in self._bundle.manifest.graphs else name
 
     def drop(self, *names: str) -> None:
@@ -82,6 +81,9 @@ class OnnxRuntimeBackend:
         # would wait on each other's cores.
         spin = set(self._bundle.manifest.block_graphs) == {name}
         options.add_session_config_entry("session.intra_op.allow_spinning", "1" if spin else "0")
+        if any(port.dtype == FP8 for port in spec.inputs):
+            # Its rewriting of quantized products takes any 8-bit type for an integer, and then refuses its own graph.
+            options.add_session_config_entry("session.disable_quant_qdq", "1")
         if name.startswith("vae_"):
             # The arena keeps what it once had and fragments from chunk to chunk: twice the memory at the same speed.
             options.enable_cpu_mem_arena = options.enable_mem_pattern = False
