@@ -23,18 +23,19 @@ from .grids import grid_of
 
 __all__ = [
     "LINEARS",
+    "MODULATION_LINEARS",
     "SCALED",
     "TEXT_LINEARS",
     "inputs_of",
     "modulation_graph",
     "observed",
     "quantized",
-    "weights_narrowed",
 ]
 
 LINEARS = ("qkv", "out", "ff_in", "ff_out")  # of the denoiser's block, in the order of computation
 SCALED = ("out", "ff_out")  # those whose input is multiplied in the block itself: no norm precedes them
 TEXT_LINEARS = ("qkv", "attn_out", "wi", "wo")
+MODULATION_LINEARS = ("norm1_linear", "norm2_linear", "pose_norm_linear")
 
 Form = Literal["portable", "cpu"]
 
@@ -47,8 +48,8 @@ def inputs_of(model: ModelProto, linears: Sequence[str] = LINEARS) -> dict[str, 
     return {name: node.input[0] for name, node in _products(model.graph, linears).items()}
 
 
-def observed(model: ModelProto, linears: Sequence[str] = LINEARS) -> ModelProto:
-    """A copy whose further outputs `<linear>_in` are what goes into each linear: [B, S, channels]."""
+def observed(model: ModelProto, linears: Sequence[str] = LINEARS, axes: Sequence[str] = ("B", "S")) -> ModelProto:
+    """A copy whose further outputs `<linear>_in` are what goes into each linear: [*axes, channels]."""
     made = ModelProto()
     made.CopyFrom(model)
     graph = made.graph
@@ -57,7 +58,7 @@ def observed(model: ModelProto, linears: Sequence[str] = LINEARS) -> ModelProto:
         weight = ports[f"{name}_weight"]
         # An output of its own: two linears may read one tensor, and a graph's output may not be listed twice.
         graph.node.append(helper.make_node("Identity", [tensor], [f"{name}_in"], name=f"node_{name}_in"))
-        shape = ["B", "S", weight.shape.dim[0].dim_value]
+        shape = [*axes, weight.shape.dim[0].dim_value]
         graph.output.append(helper.make_tensor_value_info(f"{name}_in", weight.elem_type, shape))
     return made
 
@@ -79,11 +80,6 @@ def quantized(model: ModelProto, linears: Collection[str], scheme: Scheme, form:
     made.CopyFrom(model)
     _Rewriter(made, scheme, form == "cpu" and scheme == "int8").rewrite(list(linears))
     return made
-
-
-def weights_narrowed(model: ModelProto, linears: Collection[str]) -> ModelProto:
-    """A copy in which the weights of `linears` are int8, with a vector of output scales: `quantized` with int8-weights."""
-    return quantized(model, linears, "int8-weights")
 
 
 def modulation_graph(model: ModelProto) -> ModelProto:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import cast
 
 import msgspec
@@ -11,6 +12,7 @@ import numpy as np
 
 from ..bundle.atomic import atomic_file
 from ..bundle.errors import BundleError, InputError
+from ..bundle.manifest import Scheme
 from ..bundle.precision import SAFETENSORS_NAME, Precision, widen
 from ..bundle.store import Bundle
 from ..bundle.tensors import MappedTensors, TensorWriter
@@ -20,9 +22,10 @@ from .grids import as_stored, grid_of
 from .observe import Observations
 from .work import Work
 
-__all__ = ["BlockCandidate", "Decisions", "candidates", "decide_blocks", "row_scale"]
+__all__ = ["BlockCandidate", "Decisions", "candidates", "decide_blocks", "row_scale", "stored_linear", "write_tensors"]
 
 Decisions = dict[str, Decision]  # by linear
+Tensor = tuple[str, str, np.ndarray]  # name, safetensors dtype, values
 
 # Rows of the modulation table (scale, shift, gate per norm) that lead to a linear; the pose's gate undoes what was done.
 _ROWS = {"qkv": (0, 1, 3, 4, 6, 7), "ff_in": (9, 10, 12, 13)}
@@ -95,7 +98,7 @@ def _decide_block(
     precision = cast(Precision, bundle.manifest.precision)
     weights = bundle.tensors(f"block_{block:02d}")
     decisions: Decisions = {}
-    tensors: list[tuple[str, str, np.ndarray]] = []
+    tensors: list[Tensor] = []
     for name in LINEARS:
         statistics, weight = seen.tensors[block, name], widen(weights[f"{name}_weight"])
         if settings.scheme == "int8-weights":
@@ -103,24 +106,27 @@ def _decide_block(
         else:
             decision, made = decide(statistics, weight, settings, precision, stored=name in SCALED)
         decisions[name] = decision
-        tensors += _tensors(name, made, settings, precision, f"{name} of block {block}")
+        tensors += stored_linear(name, made, settings.scheme, precision, f"{name} of block {block}")
         tick()
-    table = [(name, dtype, array.shape) for name, dtype, array in tensors]
-    with atomic_file(work.weights(block)) as path, TensorWriter(path, table) as writer:
-        for name, _, array in tensors:
-            writer.write(name, array)
-        writer.close()
+    write_tensors(work.weights(block), tensors)
     with atomic_file(work.decisions(block)) as path:
         path.write_bytes(msgspec.json.encode(decisions))
     weights.release()
     return decisions
 
 
-def _tensors(
-    name: str, made: Quantized, settings: Settings, precision: Precision, where: str
-) -> list[tuple[str, str, np.ndarray]]:
-    """(name, safetensors dtype, array) of what a file holds of a linear."""
-    found = [(f"{name}_weight", grid_of(settings.scheme).dtype, made.weight)]
+def write_tensors(path: Path, tensors: list[Tensor]) -> None:
+    """Writes a safetensors file, whole or not at all."""
+    table = [(name, dtype, array.shape) for name, dtype, array in tensors]
+    with atomic_file(path) as temporary, TensorWriter(temporary, table) as writer:
+        for name, _, array in tensors:
+            writer.write(name, array)
+        writer.close()
+
+
+def stored_linear(name: str, made: Quantized, scheme: Scheme, precision: Precision, where: str) -> list[Tensor]:
+    """What a file holds of a quantized linear; `InputError` if a scale does not fit into `precision`."""
+    found = [(f"{name}_weight", grid_of(scheme).dtype, made.weight)]
     vectors = [(f"{name}_out_scale", made.out_scale, precision)]
     if made.in_scale is not None:
         vectors.append((f"{name}_in_scale", made.in_scale, precision if name in SCALED else "fp32"))

@@ -26,8 +26,10 @@ from .blocks import Decisions, candidates, decide_blocks
 from .choose import Choice, Kept, choose, ranking
 from .decide import PERCENTILES, Settings
 from .measure import Measurer, spread_steps
+from .modulation import Narrowed, narrow_modulation
 from .observe import Observations, Plan, observe, plan_rows
 from .samples import Sample, fingerprint
+from .text import narrow_text
 from .work import Trajectory, Work, bundle_digest
 from .write import Writer
 
@@ -42,7 +44,7 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
     """What a person chooses.
 
     steps: of the observed loops. min_snr: decibels that the denoiser's output must have at every measured timestep;
-    most_high_precision: linears that may stay as they are.
+    most_high_precision: linears that may stay as they are. text: whether the text encoder's weights may become int8.
     """
 
     settings: Settings = Settings()
@@ -50,6 +52,7 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
     guidance: float = 3.0
     min_snr: float | None = None
     most_high_precision: int | None = None
+    text: bool = True
 
 
 class Progress(Protocol):
@@ -76,6 +79,8 @@ class Calibration:
     choice: Choice
     timesteps: tuple[int, ...]
     denoiser_bytes: tuple[int, int]  # before and after
+    modulation: Narrowed
+    text: Narrowed | None  # None: not asked for
 
     def facts(self) -> dict[str, Any]:
         """Everything as plain values, for JSON."""
@@ -87,6 +92,8 @@ class Calibration:
                 name: self.manifest.block_graphs.count(name) for name in dict.fromkeys(self.manifest.block_graphs)
             },
             "high_precision": self.choice.count,
+            "modulation": msgspec.to_builtins(self.modulation),
+            "text_encoder": msgspec.to_builtins(self.text),
             "denoiser_bytes": {"before": self.denoiser_bytes[0], "after": self.denoiser_bytes[1]},
             "linears": [
                 {
@@ -149,11 +156,20 @@ def calibrate(
     progress.stage("Choosing scales", config.num_layers * len(LINEARS))
     decisions = decide_blocks(source, seen, options.settings, work, progress.advance)
     blocks = candidates(source, work)
+    progress.stage("Modulation", config.num_layers)
+    modulation = narrow_modulation(
+        source, backend, animator.scheduler.num_train_timesteps, options.settings, work, progress.advance
+    )
+    tables = [work.narrowed(f"modulation_{i:02d}") for i in range(config.num_layers)] if modulation.narrow else None
+    text = _narrow_text(source, backend, samples, options, work, progress)
     steps = spread_steps(len(schedule), MEASURED_STEPS)
     measurer = Measurer(source, backend, options.settings.scheme, blocks, schedule, options.guidance, steps)
     trajectories = [Trajectory.load(work.trajectory(i)) for i in spread_steps(plan.samples, MEASURED_SAMPLES)]
     progress.stage("Measuring each linear", len(trajectories) * len(steps))
     sensitivity = measurer.alone(trajectories, progress.advance)
+
+    if tables is not None:
+        measurer.use_modulation(tables)
 
     def quality(kept: Kept) -> np.ndarray:
         progress.stage("Measuring the whole", len(trajectories) * len(steps))
@@ -168,6 +184,11 @@ def calibrate(
     with atomic_folder(output) as folder:
         writer = Writer(source, folder, progress.advance)
         names = writer.blocks(options.settings.scheme, blocks, choice)
+        factors = [block.row_scale(linears) for block, linears in zip(blocks, choice.quantized, strict=True)]
+        writer.modulation(factors, tables)
+        if text is not None and text.narrow and source.manifest.text is not None:
+            layers = range(source.manifest.text.num_layers)
+            writer.text([work.narrowed(f"text_block_{i:02d}") for i in layers])
         writer.rest()
         made = Calibration(
             msgspec.structs.replace(source.manifest, files=writer.files),
@@ -176,6 +197,8 @@ def calibrate(
             choice,
             timesteps,
             (denoiser_bytes(source.manifest), _bytes_of(writer.files)),
+            modulation,
+            text,
         )
         facts = {**made.facts(), "scheme": options.settings.scheme, "options": msgspec.to_builtins(options)}
         writer.data("calibration/calibration.json", msgspec.json.format(msgspec.json.encode(facts), indent=1))
@@ -183,6 +206,21 @@ def calibrate(
         manifest = writer.manifest(options.settings.scheme, names, _provenance(source, samples))
     work.remove()
     return replace(made, manifest=manifest)
+
+
+def _narrow_text(
+    source: Bundle,
+    backend: OnnxRuntimeBackend,
+    samples: Sequence[Sample],
+    options: Options,
+    work: Work,
+    progress: Progress,
+) -> Narrowed | None:
+    if not options.text or source.manifest.text is None:
+        return None
+    progress.stage("Text encoder", source.manifest.text.num_layers)
+    prompts = [text for sample in samples for text in (sample.prompt, sample.negative_prompt)]
+    return narrow_text(source, backend, prompts, options.settings, work, progress.advance)
 
 
 def denoiser_bytes(manifest: Manifest) -> int:

@@ -16,11 +16,12 @@ DAMPING = 0.01  # of the mean second moment: rows are fewer than channels in lar
 BLOCK = 128
 
 
-def second_moments(rows: np.ndarray) -> np.ndarray:
-    """[C, C] float64 of rows [R, C], damped so that it can be inverted."""
-    moments = (rows.T @ rows).astype(np.float64) / max(1, len(rows))
+def second_moments(rows: np.ndarray, damping: float = DAMPING) -> np.ndarray:
+    """[C, C] float64 of rows [R, C], damped by that share of their mean so that it can be inverted."""
+    rows = rows.astype(np.float64)
+    moments: np.ndarray = rows.T @ rows / max(1, len(rows))
     diagonal = np.einsum("ii->i", moments)
-    diagonal += DAMPING * max(float(diagonal.mean()), 1e-12)
+    diagonal += damping * max(float(diagonal.mean()), 1e-12)
     return moments
 
 

@@ -17,7 +17,7 @@ import numpy as np
 
 from ..bundle.manifest import Scheme
 from ..bundle.precision import Precision
-from .compensate import compensated, second_moments
+from .compensate import DAMPING, compensated, second_moments
 from .grids import INT8, Grid, grid_of, raised, representable
 from .pairs import PAIR_LIMIT, pair_sums
 from .statistics import TensorStatistics
@@ -142,9 +142,9 @@ def decide(
 
 
 def decide_weights(
-    rows: np.ndarray, weight: np.ndarray, settings: Settings, precision: Precision
+    rows: np.ndarray, weight: np.ndarray, settings: Settings, precision: Precision, damping: float = DAMPING
 ) -> tuple[Decision, Quantized]:
-    """Decides the weights alone; `rows` [R, C] are what they will be multiplied with."""
+    """Decides the weights alone; `rows` [R, C] are what they will be multiplied with. `damping`: see `second_moments`."""
     grid = grid_of("int8-weights")
     unit = np.float32(grid.unit)
     rows, held = _split(rows)
@@ -155,7 +155,7 @@ def decide_weights(
     plain = snr(exact, held @ (values * steps))
     quality, used = plain, False
     if settings.compensate:
-        improved = compensated(weight, steps, second_moments(rows), grid)
+        improved = compensated(weight, steps, second_moments(rows, damping), grid)
         better = snr(exact, held @ (improved * steps))
         if better > quality:
             values, quality, used = improved, better, True

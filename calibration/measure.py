@@ -8,16 +8,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 
+from ..bundle.errors import BundleError
 from ..bundle.manifest import Scheme
 from ..bundle.store import Bundle
+from ..bundle.tensors import MappedTensors
 from ..runtime.backends.onnxruntime import OnnxRuntimeBackend, OrtCall, OrtGraph
-from ..runtime.denoiser import Denoiser
+from ..runtime.denoiser import OFS, Denoiser
+from ..runtime.embeddings import timestep_sinusoid
 from ..runtime.noise import NoiseSource
 from ..runtime.scheduler import Schedule
-from .block_graph import LINEARS, quantized
+from .block_graph import LINEARS, MODULATION_LINEARS, quantized
 from .blocks import BlockCandidate
 from .graphs import read_model, spec_of
 from .work import Trajectory
@@ -65,6 +69,19 @@ class Measurer:
         )
         self._denoiser = Denoiser(bundle, self._backend)
         self._denoiser.side_by_side = False
+
+    def use_modulation(self, narrowed: Sequence[Path]) -> None:
+        """From now on the blocks are modulated with the int8 weights of these files."""
+        config = self._bundle.manifest.transformer
+        feeds: dict[str, np.ndarray] = {"time_sinusoid": timestep_sinusoid(self._part.timesteps, config.width)}
+        if config.ofs_embed_dim is not None:
+            feeds["ofs_sinusoid"] = timestep_sinusoid([OFS], config.ofs_embed_dim)
+        feeds.update(self._bundle.tensors("denoiser"))
+        made = quantized(read_model(self._bundle, "modulation"), MODULATION_LINEARS, "int8-weights")
+        graph = self._backend.backend.load("modulation", spec_of(made, ""), made.SerializeToString())
+        tables = [graph({**feeds, **MappedTensors(path, error=BundleError)})["table"] for path in narrowed]
+        head = self._backend.graph("head_modulation")(feeds)["table"]
+        self._denoiser.use_tables(self._part, np.stack(tables, axis=1), head)
 
     def alone(self, trajectories: Sequence[Trajectory], tick: Callable[[], None] = lambda: None) -> np.ndarray:
         """[blocks, linears, steps] decibels at the end of the block where that linear alone is quantized."""

@@ -63,6 +63,10 @@ class Work:
         """Written after `weights`: says that they are whole."""
         return self.root / f"block_{block:02d}.json"
 
+    def narrowed(self, name: str) -> Path:
+        """A weight file of which the linears have int8 weights: of the modulation, or of the text encoder."""
+        return self.root / f"{name}.safetensors"
+
     def remove(self) -> None:
         shutil.rmtree(self.root, ignore_errors=True)
 

@@ -1,10 +1,10 @@
-"""Writes the quantized bundle: new block graphs and weights, the modulation's with its factors, all else as it was."""
+"""Writes the quantized bundle: new graphs and weights of the blocks, the modulation and the text encoder; all else as it was."""
 
 from __future__ import annotations
 
 import hashlib
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -12,11 +12,11 @@ import msgspec
 import numpy as np
 import onnx
 
+from ..bundle.errors import BundleError
 from ..bundle.manifest import OWN, FileEntry, GraphSpec, Manifest, Quantization, Scheme, write_manifest
-from ..bundle.precision import DTYPES
 from ..bundle.store import Bundle
 from ..bundle.tensors import MappedTensors, TensorWriter
-from .block_graph import LINEARS, modulation_graph, quantized
+from .block_graph import LINEARS, MODULATION_LINEARS, TEXT_LINEARS, modulation_graph, quantized
 from .blocks import BlockCandidate
 from .choose import Choice, graph_name
 from .graphs import read_model, spec_of
@@ -45,20 +45,46 @@ class Writer:
         names = tuple(graph_name(kept) for kept in choice.kept)
         for name, linears in dict(zip(names, choice.quantized, strict=True)).items():
             self._block_graph(name, [n for n in LINEARS if n in linears], scheme)
-        if "block" not in self.graphs:
+        if "block" not in self.graphs:  # what plans for a bundle looks at it
             self._block_graph("block", list(LINEARS), scheme)
-        factors = False
         for i, (candidate, linears) in enumerate(zip(candidates, choice.quantized, strict=True)):
             weights = candidate.weights(linears)
             order = [port.name for port in self.graphs[names[i]].inputs if port.name in weights]
-            self._tensors(f"weights/block_{i:02d}.safetensors", {name: weights[name] for name in order}, candidate)
-            if scheme != "int8-weights":
-                self._modulation(i, candidate.row_scale(linears))
-                factors = True
+            self._tensors(f"block_{i:02d}", {name: weights[name] for name in order}, candidate.narrow, candidate.exact)
             candidate.release()
-        if factors:
-            self.graph("modulation", modulation_graph(read_model(self.source, "modulation")))
         return names
+
+    def modulation(self, factors: Sequence[np.ndarray | None], narrowed: Sequence[Path] | None) -> None:
+        """The modulation of all blocks: multiplied by `factors` [15, D] where any are given, with the weights of the files
+        `narrowed` where those are."""
+        model = read_model(self.source, "modulation")
+        if narrowed is not None:
+            model = quantized(model, MODULATION_LINEARS, "int8-weights")
+            self.linears["modulation"] = MODULATION_LINEARS
+            self.weights_only.append("modulation")
+        scaled = any(one is not None for one in factors)
+        if scaled:
+            model = modulation_graph(model)
+        if narrowed is None and not scaled:
+            return
+        self.graph("modulation", model)
+        neutral = np.ones((15, self.source.manifest.transformer.width), np.float32)
+        for i, factor in enumerate(factors):
+            name = f"modulation_{i:02d}"
+            stored = self.source.tensors(name) if narrowed is None else MappedTensors(narrowed[i], error=BundleError)
+            rows = {"row_scale": neutral if factor is None else factor} if scaled else {}
+            self._tensors(name, {**stored, **rows}, stored)
+            stored.release()
+
+    def text(self, narrowed: Sequence[Path]) -> None:
+        """The text encoder with the weights of these files, one per layer."""
+        self.graph("text_block", quantized(read_model(self.source, "text_block"), TEXT_LINEARS, "int8-weights"))
+        self.linears["text_block"] = TEXT_LINEARS
+        self.weights_only.append("text_block")
+        for i, path in enumerate(narrowed):
+            stored = MappedTensors(path, error=BundleError)
+            self._tensors(f"text_block_{i:02d}", dict(stored), stored)
+            stored.release()
 
     def _block_graph(self, name: str, linears: list[str], scheme: Scheme) -> None:
         manifest = self.source.manifest
@@ -70,18 +96,13 @@ class Writer:
             if scheme == "int8-weights":
                 self.weights_only.append(name)
 
-    def _modulation(self, block: int, factors: np.ndarray | None) -> None:
-        stored = self.source.tensors(f"modulation_{block:02d}")
-        if factors is None:
-            factors = np.ones((15, self.source.manifest.transformer.width), np.float32)
-        self._tensors(f"weights/modulation_{block:02d}.safetensors", {**stored, "row_scale": factors}, stored)
-        stored.release()
-
-    def _tensors(self, file: str, arrays: Mapping[str, np.ndarray], source: BlockCandidate | MappedTensors) -> None:
-        table = [(name, _dtype(name, array, source), array.shape) for name, array in arrays.items()]
+    def _tensors(self, name: str, arrays: Mapping[str, np.ndarray], *sources: MappedTensors) -> None:
+        """Writes `weights/<name>.safetensors`; arrays are of the files `sources`, or float32."""
+        file = f"weights/{name}.safetensors"
+        table = [(key, _dtype(key, array, sources), array.shape) for key, array in arrays.items()]
         with TensorWriter(self.root / file, table) as writer:
-            for name, array in arrays.items():
-                writer.write(name, array)
+            for key, array in arrays.items():
+                writer.write(key, array)
                 self.tick(array.nbytes)
             self.files[file] = FileEntry(writer.close(), writer.nbytes)
 
@@ -125,10 +146,11 @@ class Writer:
         return made
 
 
-def _dtype(name: str, array: np.ndarray, source: BlockCandidate | MappedTensors) -> str:
-    """The safetensors name of an array's type: of mapped ones as it was, since numpy does not know them all."""
-    places = (source.narrow, source.exact) if isinstance(source, BlockCandidate) else (source,)
-    for place in places:
-        if name in place and place[name] is array:
-            return place.infos[name].dtype
-    return next(kind for kind, dtype in DTYPES.items() if dtype == array.dtype and kind != "BF16")
+def _dtype(name: str, array: np.ndarray, sources: Sequence[MappedTensors]) -> str:
+    """The safetensors name of an array's type; numpy does not know them all."""
+    for source in sources:
+        if name in source and source[name] is array:
+            return source.infos[name].dtype
+    if array.dtype != np.float32:
+        raise ValueError(f"{name!r} is of no file, and {array.dtype}")
+    return "F32"

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 @click.option("--guidance", type=float, default=3.0, show_default=True, help="Guidance of the observed clips.")
 @click.option("--min-snr", type=float, metavar="DB", help="Keep linears in high precision until the denoiser has this.")
 @click.option("--max-high-precision", type=int, metavar="N", help="Linears that may stay in high precision.")
+@click.option("--keep-text-encoder", is_flag=True, help="Leave the text encoder's weights as they are.")
 @click.option("--target", "targets", multiple=True, metavar="NAME", help="Refuse what this GPU lacks; may be repeated.")
 @click.option("--threads", type=int, help="Processor cores to use. [default: all]")
 @json_option
@@ -45,6 +46,7 @@ def command(
     guidance: float,
     min_snr: float | None,
     max_high_precision: int | None,
+    keep_text_encoder: bool,
     targets: tuple[str, ...],
     threads: int | None,
     as_json: bool,
@@ -69,6 +71,7 @@ def command(
         guidance=guidance,
         min_snr=min_snr,
         most_high_precision=max_high_precision,
+        text=not keep_text_encoder,
     )
     samples = read_samples(data)
     with working(as_json) as progress:

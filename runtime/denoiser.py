@@ -115,6 +115,10 @@ class Denoiser:
             self._tables = (key, table, head)
         return self._tables[1], self._tables[2]
 
+    def use_tables(self, schedule: Schedule, blocks: np.ndarray, head: np.ndarray) -> None:
+        """Takes these tables, as `modulation` would return them, for this schedule's timesteps."""
+        self._tables = (tuple(int(t) for t in schedule.timesteps), blocks, head)
+
     def forget_schedule(self) -> None:
         """Frees the modulation tables; the next clip computes them anew."""
         self._tables = None
