@@ -22,7 +22,16 @@ from .grids import as_stored, grid_of
 from .observe import Observations
 from .work import Work
 
-__all__ = ["BlockCandidate", "Decisions", "candidates", "decide_blocks", "row_scale", "stored_linear", "write_tensors"]
+__all__ = [
+    "BlockCandidate",
+    "Decisions",
+    "candidates",
+    "decide_blocks",
+    "row_scale",
+    "stored_linear",
+    "widened",
+    "write_tensors",
+]
 
 Decisions = dict[str, Decision]  # by linear
 Tensor = tuple[str, str, np.ndarray]  # name, safetensors dtype, values
@@ -50,20 +59,23 @@ def row_scale(in_scales: Mapping[str, np.ndarray]) -> np.ndarray:
 
 @dataclass(frozen=True)
 class BlockCandidate:
-    """One block in both forms: `exact` are its own weights, `narrow` those of `decide_blocks`."""
+    """One block in both forms: `exact` are its own weights, `narrow` those of `decide_blocks`.
+
+    `wide`: `exact` are of a float32 export, to which the vectors of `narrow` are widened.
+    """
 
     exact: MappedTensors
     narrow: MappedTensors
+    wide: bool = False
 
     def weights(self, quantized: Iterable[str]) -> dict[str, np.ndarray]:
         """Weight inputs of the block graph in which the linears `quantized` are."""
         chosen = dict(self.exact)
         for name in quantized:
             chosen[f"{name}_weight"] = self.narrow[f"{name}_weight"]
-            chosen[f"{name}_out_scale"] = self.narrow[f"{name}_out_scale"]
-            if name in SCALED and f"{name}_in_scale" in self.narrow:
-                chosen[f"{name}_in_scale"] = self.narrow[f"{name}_in_scale"]
-        return chosen
+            vectors = [f"{name}_out_scale", *([f"{name}_in_scale"] if name in SCALED else [])]
+            chosen.update({vector: self.narrow[vector] for vector in vectors if vector in self.narrow})
+        return widened(chosen) if self.wide else chosen
 
     def row_scale(self, quantized: Iterable[str]) -> np.ndarray | None:
         """Factors for the modulation table; None where nothing changes."""
@@ -141,9 +153,14 @@ def stored_linear(name: str, made: Quantized, scheme: Scheme, precision: Precisi
     return found
 
 
-def candidates(bundle: Bundle, work: Work) -> list[BlockCandidate]:
-    """All blocks, mapped."""
+def widened(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The same with half precision as float32; what is quantized stays."""
+    return {name: widen(array) if array.dtype.itemsize == 2 else array for name, array in arrays.items()}
+
+
+def candidates(bundle: Bundle, work: Work, *, wide: bool = False) -> list[BlockCandidate]:
+    """All blocks, mapped, with the float weights of `bundle`."""
     return [
-        BlockCandidate(bundle.tensors(f"block_{i:02d}"), MappedTensors(work.weights(i), error=BundleError))
+        BlockCandidate(bundle.tensors(f"block_{i:02d}"), MappedTensors(work.weights(i), error=BundleError), wide)
         for i in range(bundle.manifest.transformer.num_layers)
     ]

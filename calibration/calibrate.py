@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import platform
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -15,7 +16,7 @@ import numpy as np
 
 from ..bundle.atomic import atomic_folder, check_output_place
 from ..bundle.config import geometry
-from ..bundle.errors import BundleError, InputError, UsageError
+from ..bundle.errors import BundleError, DeviceError, InputError, UsageError
 from ..bundle.manifest import SCHEMES, Manifest
 from ..bundle.store import Bundle
 from ..runtime.animator import Animator, Prepared
@@ -28,6 +29,7 @@ from .decide import PERCENTILES, Settings
 from .measure import Measurer, spread_steps
 from .modulation import Narrowed, narrow_modulation
 from .observe import Observations, Plan, observe, plan_rows
+from .report import make_report
 from .samples import Sample, fingerprint
 from .text import narrow_text
 from .work import Trajectory, Work, bundle_digest
@@ -45,6 +47,7 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
 
     steps: of the observed loops. min_snr: decibels that the denoiser's output must have at every measured timestep;
     most_high_precision: linears that may stay as they are. text: whether the text encoder's weights may become int8.
+    report: whether `calibration/report.html` is made, for which the first sample is animated twice.
     """
 
     settings: Settings = Settings()
@@ -53,6 +56,7 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
     min_snr: float | None = None
     most_high_precision: int | None = None
     text: bool = True
+    report: bool = True
 
 
 class Progress(Protocol):
@@ -115,10 +119,14 @@ def calibrate(
     samples: Sequence[Sample],
     options: Options | None = None,
     *,
+    observe_with: Path | str | None = None,
     threads: int | None = None,
     progress: Progress | None = None,
 ) -> Calibration:
     """Writes the quantized form of `bundle` to the new folder `output`.
+
+    `observe_with`: the same checkpoint exported in float32, which is computed with instead: for bf16, which processors do not
+    compute.
 
     The source is only read. Statistics and decisions are kept beside the output until it is complete, so that a calibration
     that was interrupted goes on where it was.
@@ -132,21 +140,18 @@ def calibrate(
     """
     options, progress, output = options or Options(), progress or _Silent(), Path(output)
     _check_options(options)
-    animator = Animator.from_bundle(bundle, backend="onnxruntime", threads=threads)
-    source, backend = animator.bundle, animator.backend
+    source = Bundle(bundle)
+    _check_source(source)
+    _check_output(source, output)
+    animator = _observer(source, observe_with, threads)
+    runs, backend = source if observe_with is None else animator.bundle, animator.backend
     if not isinstance(backend, OnnxRuntimeBackend):
         raise RuntimeError("calibration runs on ONNX Runtime")
-    if source.manifest.quantization is not None:
-        raise BundleError(
-            f"The bundle {str(source.root)!r} is quantized already ({source.manifest.label}). Calibrate the bundle that it "
-            "was made from."
-        )
-    _check_output(source, output)
     config = source.manifest.transformer
     schedule = make_schedule(animator.scheduler, options.steps)
     plan = Plan(len(samples), schedule, options.guidance, plan_rows(config, len(schedule)))
     _check_samples(source, samples, plan)
-    work = Work.open(output, _key(source, samples, options))
+    work = Work.open(output, _key(source, runs, samples, options))
 
     def prepared(number: int) -> Prepared:
         return animator.prepare(**samples[number].request(options.steps, options.guidance))
@@ -155,15 +160,15 @@ def calibrate(
     seen = observe(animator, prepared, plan, work, progress.advance)
     progress.stage("Choosing scales", config.num_layers * len(LINEARS))
     decisions = decide_blocks(source, seen, options.settings, work, progress.advance)
-    blocks = candidates(source, work)
     progress.stage("Modulation", config.num_layers)
     modulation = narrow_modulation(
-        source, backend, animator.scheduler.num_train_timesteps, options.settings, work, progress.advance
+        source, runs, backend, animator.scheduler.num_train_timesteps, options.settings, work, progress.advance
     )
     tables = [work.narrowed(f"modulation_{i:02d}") for i in range(config.num_layers)] if modulation.narrow else None
-    text = _narrow_text(source, backend, samples, options, work, progress)
+    text = _narrow_text(source, runs, backend, samples, options, work, progress)
     steps = spread_steps(len(schedule), MEASURED_STEPS)
-    measurer = Measurer(source, backend, options.settings.scheme, blocks, schedule, options.guidance, steps)
+    measured = candidates(runs, work, wide=runs is not source)
+    measurer = Measurer(runs, backend, options.settings.scheme, measured, schedule, options.guidance, steps)
     trajectories = [Trajectory.load(work.trajectory(i)) for i in spread_steps(plan.samples, MEASURED_SAMPLES)]
     progress.stage("Measuring each linear", len(trajectories) * len(steps))
     sensitivity = measurer.alone(trajectories, progress.advance)
@@ -183,6 +188,7 @@ def calibrate(
     progress.stage("Writing", source.manifest.total_bytes)
     with atomic_folder(output) as folder:
         writer = Writer(source, folder, progress.advance)
+        blocks = candidates(source, work)
         names = writer.blocks(options.settings.scheme, blocks, choice)
         factors = [block.row_scale(linears) for block, linears in zip(blocks, choice.quantized, strict=True)]
         writer.modulation(factors, tables)
@@ -202,14 +208,47 @@ def calibrate(
         )
         facts = {**made.facts(), "scheme": options.settings.scheme, "options": msgspec.to_builtins(options)}
         writer.data("calibration/calibration.json", msgspec.json.format(msgspec.json.encode(facts), indent=1))
-        writer.data("calibration/ranges.json", msgspec.json.encode(_ranges(seen)))
-        manifest = writer.manifest(options.settings.scheme, names, _provenance(source, samples))
+        ranges = _ranges(seen)
+        writer.data("calibration/ranges.json", msgspec.json.encode(ranges))
+        provenance = _provenance(source, samples)
+        manifest = writer.manifest(options.settings.scheme, names, provenance)
+        if options.report and runs is source:
+            progress.stage("Report", 2)
+            strips = {}
+            for title, animates in (("source", animator), (options.settings.scheme, _opened(folder, threads))):
+                strips[title] = animates(**samples[0].request(options.steps, options.guidance)).frames
+                progress.advance()
+            sizes = _sizes(source.manifest, manifest)
+            page = make_report(facts, ranges, [int(t) for t in schedule.timesteps], sizes, strips)
+            writer.data("calibration/report.html", page.encode())
+            manifest = writer.manifest(options.settings.scheme, names, provenance)
     work.remove()
     return replace(made, manifest=manifest)
 
 
+def _opened(folder: Path | str, threads: int | None) -> Animator:
+    return Animator.from_bundle(folder, backend="onnxruntime", threads=threads)
+
+
+def _sizes(before: Manifest, after: Manifest) -> dict[str, tuple[int, int]]:
+    """Part of the bundle -> bytes of its weights before and after."""
+    parts = {
+        "denoiser, blocks": "weights/block_",
+        "denoiser, modulation": "weights/modulation_",
+        "denoiser, shared": "weights/denoiser.",
+        "text encoder": "weights/text",
+        "VAE": "weights/vae_",
+    }
+
+    def count(manifest: Manifest, prefix: str) -> int:
+        return sum(entry.bytes for name, entry in manifest.files.items() if name.startswith(prefix))
+
+    return {part: (count(before, prefix), count(after, prefix)) for part, prefix in parts.items()}
+
+
 def _narrow_text(
     source: Bundle,
+    runs: Bundle,
     backend: OnnxRuntimeBackend,
     samples: Sequence[Sample],
     options: Options,
@@ -220,7 +259,7 @@ def _narrow_text(
         return None
     progress.stage("Text encoder", source.manifest.text.num_layers)
     prompts = [text for sample in samples for text in (sample.prompt, sample.negative_prompt)]
-    return narrow_text(source, backend, prompts, options.settings, work, progress.advance)
+    return narrow_text(source, runs, backend, prompts, options.settings, work, progress.advance)
 
 
 def denoiser_bytes(manifest: Manifest) -> int:
@@ -233,7 +272,41 @@ def _bytes_of(files: Any) -> int:
     return sum(entry.bytes for name, entry in files.items() if name.startswith(parts))
 
 
+def _check_source(source: Bundle) -> None:
+    if source.manifest.quantization is not None:
+        raise BundleError(
+            f"The bundle {str(source.root)!r} is quantized already ({source.manifest.label}). Calibrate the bundle that it "
+            "was made from."
+        )
+
+
+def _observer(source: Bundle, observe_with: Path | str | None, threads: int | None) -> Animator:
+    """What the calibration set is run with: the source, or the float32 export of the same checkpoint."""
+    if observe_with is None:
+        if source.manifest.precision == "bf16":
+            raise DeviceError(
+                f"The bundle {str(source.root)!r} is bf16, which processors do not compute. Export the checkpoint in fp32 as "
+                "well, and give that to compute with: --observe-with BUNDLE"
+            )
+        return _opened(source.root, threads)
+    animator = _opened(Path(observe_with), threads)
+    other, manifest = animator.bundle.manifest, source.manifest
+    if other.label != "fp32":
+        raise UsageError(f"--observe-with {str(observe_with)!r} is {other.label}; a bundle in fp32 is needed.")
+    configs = [{k: v for k, v in one.provenance.items() if k.startswith("sha256")} for one in (other, manifest)]
+    if configs[0] != configs[1] or other.transformer != manifest.transformer:
+        raise BundleError(
+            f"--observe-with {str(observe_with)!r} is another checkpoint than {str(source.root)!r}: export both from one."
+        )
+    return animator
+
+
 def _check_options(options: Options) -> None:
+    if options.report and importlib.util.find_spec("matplotlib") is None:
+        raise DeviceError(
+            "The report needs the package 'matplotlib'. Install it: pip install \"dynamictrl-edge[calibrate]\", or go without "
+            "the report: --no-report"
+        )
     if options.settings.scheme not in SCHEMES:
         raise UsageError(f"--precision {options.settings.scheme!r} is not known; use one of {', '.join(SCHEMES)}.")
     if options.min_snr is not None and not np.isfinite(options.min_snr):
@@ -274,11 +347,12 @@ def _check_samples(source: Bundle, samples: Sequence[Sample], plan: Plan) -> Non
         )
 
 
-def _key(source: Bundle, samples: Sequence[Sample], options: Options) -> str:
+def _key(source: Bundle, runs: Bundle, samples: Sequence[Sample], options: Options) -> str:
     """What statistics and decisions depend on; the budget of quality is not part of it."""
     parts = [
         "1",  # form of the files
         bundle_digest(source.manifest),
+        bundle_digest(runs.manifest),
         fingerprint(samples),
         repr((options.settings, options.steps, options.guidance)),
     ]

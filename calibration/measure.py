@@ -22,7 +22,7 @@ from ..runtime.embeddings import timestep_sinusoid
 from ..runtime.noise import NoiseSource
 from ..runtime.scheduler import Schedule
 from .block_graph import LINEARS, MODULATION_LINEARS, quantized
-from .blocks import BlockCandidate
+from .blocks import BlockCandidate, widened
 from .graphs import read_model, spec_of
 from .work import Trajectory
 
@@ -62,7 +62,8 @@ class Measurer:
         steps: Sequence[int],
         check: Callable[[], None] = lambda: None,
     ):
-        self._bundle, self._backend, self._blocks = bundle, _Candidates(bundle, backend, scheme, blocks), blocks
+        self._bundle, self._blocks = bundle, blocks
+        self._backend = _Candidates(bundle, backend, scheme, blocks)
         self._guidance, self._steps, self._check = guidance, tuple(steps), check
         self._part = Schedule(
             schedule.config, len(steps), schedule.timesteps[list(steps)], tuple(schedule.steps[i] for i in steps)
@@ -79,9 +80,12 @@ class Measurer:
         feeds.update(self._bundle.tensors("denoiser"))
         made = quantized(read_model(self._bundle, "modulation"), MODULATION_LINEARS, "int8-weights")
         graph = self._backend.backend.load("modulation", spec_of(made, ""), made.SerializeToString())
-        tables = [graph({**feeds, **MappedTensors(path, error=BundleError)})["table"] for path in narrowed]
+        tables = [graph({**feeds, **self._fed(MappedTensors(path, error=BundleError))})["table"] for path in narrowed]
         head = self._backend.graph("head_modulation")(feeds)["table"]
         self._denoiser.use_tables(self._part, np.stack(tables, axis=1), head)
+
+    def _fed(self, stored: MappedTensors) -> Mapping[str, np.ndarray]:
+        return widened(stored) if self._blocks[0].wide else stored
 
     def alone(self, trajectories: Sequence[Trajectory], tick: Callable[[], None] = lambda: None) -> np.ndarray:
         """[blocks, linears, steps] decibels at the end of the block where that linear alone is quantized."""

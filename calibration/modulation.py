@@ -20,7 +20,7 @@ from ..runtime.backends.onnxruntime import OnnxRuntimeBackend
 from ..runtime.denoiser import OFS
 from ..runtime.embeddings import timestep_sinusoid
 from .block_graph import MODULATION_LINEARS, observed, quantized
-from .blocks import stored_linear, write_tensors
+from .blocks import stored_linear, widened, write_tensors
 from .decide import Settings, decide_weights, snr
 from .graphs import read_model, spec_of
 from .work import Work
@@ -41,6 +41,7 @@ class Narrowed(msgspec.Struct, frozen=True, kw_only=True):
 
 def narrow_modulation(
     bundle: Bundle,
+    runs: Bundle,
     backend: OnnxRuntimeBackend,
     timesteps: int,
     settings: Settings,
@@ -49,7 +50,8 @@ def narrow_modulation(
 ) -> Narrowed:
     """Decides about the modulation of all blocks together, since one graph serves them; stores the weights in `work`.
 
-    `timesteps`: how many the model was trained with.
+    `runs`: the bundle that is computed with (of `backend`), `bundle` itself or its checkpoint in float32. `timesteps`: how
+    many the model was trained with.
     """
     manifest = bundle.manifest
     precision, config = cast(Precision, manifest.precision), manifest.transformer
@@ -57,8 +59,8 @@ def narrow_modulation(
     feeds: dict[str, np.ndarray] = {"time_sinusoid": timestep_sinusoid(places, config.width)}
     if config.ofs_embed_dim is not None:
         feeds["ofs_sinusoid"] = timestep_sinusoid([OFS], config.ofs_embed_dim)
-    feeds.update(bundle.tensors("denoiser"))
-    model = read_model(bundle, "modulation")
+    feeds.update(runs.tensors("denoiser"))
+    model = read_model(runs, "modulation")
     looking = observed(model, MODULATION_LINEARS, ("T",))
     exact = backend.load("modulation", spec_of(looking, ""), looking.SerializeToString())
     made = quantized(model, MODULATION_LINEARS, "int8-weights")
@@ -67,7 +69,7 @@ def narrow_modulation(
     for block in range(config.num_layers):
         name = f"modulation_{block:02d}"
         weights = bundle.tensors(name)
-        seen = exact({**feeds, **weights})
+        seen = exact({**feeds, **runs.tensors(name)})
         tensors = [(key, info.dtype, weights[key]) for key, info in weights.infos.items() if key not in _matrices()]
         for linear in MODULATION_LINEARS:
             rows = seen[f"{linear}_in"].astype(np.float32)
@@ -75,7 +77,7 @@ def narrow_modulation(
             tensors += stored_linear(linear, found, "int8-weights", precision, f"{linear} of block {block}")
         write_tensors(work.narrowed(name), tensors)
         stored = MappedTensors(work.narrowed(name), error=BundleError)
-        table = narrow({**feeds, **stored})["table"]
+        table = narrow({**feeds, **(stored if runs is bundle else widened(stored))})["table"]
         worst = min(worst, *(snr(seen["table"][:, row], table[:, row]) for row in range(table.shape[1])))
         weights.release()
         tick()

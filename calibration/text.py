@@ -19,7 +19,7 @@ from ..runtime.backends.onnxruntime import OnnxRuntimeBackend
 from ..runtime.text import relative_position_bias
 from ..runtime.tokenizer import PromptTokenizer
 from .block_graph import TEXT_LINEARS, observed, quantized
-from .blocks import stored_linear, write_tensors
+from .blocks import stored_linear, widened, write_tensors
 from .decide import Settings, decide_weights, snr
 from .graphs import read_model, spec_of
 from .modulation import Narrowed
@@ -34,25 +34,29 @@ MOST_PROMPTS = 16
 
 def narrow_text(
     bundle: Bundle,
+    runs: Bundle,
     backend: OnnxRuntimeBackend,
     prompts: Sequence[str],
     settings: Settings,
     work: Work,
     tick: Callable[[], None] = lambda: None,
 ) -> Narrowed:
-    """Decides about the whole encoder and stores its weights in `work`. `BundleError`: the bundle has no text encoder."""
+    """Decides about the whole encoder and stores its weights in `work`. `BundleError`: the bundle has no text encoder.
+
+    `runs`: the bundle that is computed with (of `backend`), `bundle` itself or its checkpoint in float32.
+    """
     config, precision = bundle.manifest.text, cast(Precision, bundle.manifest.precision)
     if config is None:
         raise BundleError(f"The bundle {str(bundle.root)!r} was exported without its text encoder.")
     length = bundle.manifest.transformer.max_text_seq_length
     tokenizer = PromptTokenizer.from_file(bundle.path("tokenizer.json"))
-    shared = bundle.tensors("text")
+    shared = runs.tensors("text")
     chosen = list(dict.fromkeys(prompts))[:MOST_PROMPTS]
     ids = np.stack([tokenizer.encode(prompt, length)[0] for prompt in chosen])
     exact = np.ascontiguousarray(widen(shared["embedding"][ids]))  # [prompts, S, Dt]
     rough = exact.copy()
     bias = relative_position_bias(shared["relative_attention_bias"], length, config.relative_attention_max_distance)
-    model = read_model(bundle, "text_block")
+    model = read_model(runs, "text_block")
     looking = observed(model, TEXT_LINEARS)
     graph = backend.load("text_block", spec_of(looking, ""), looking.SerializeToString())
     made = quantized(model, TEXT_LINEARS, "int8-weights")
@@ -62,7 +66,7 @@ def narrow_text(
         weights = bundle.tensors(name)
         rows: dict[str, list[np.ndarray]] = {linear: [] for linear in TEXT_LINEARS}
         for i in range(len(exact)):
-            seen = graph({"hidden": exact[i : i + 1], "position_bias": bias, **weights})
+            seen = graph({"hidden": exact[i : i + 1], "position_bias": bias, **runs.tensors(name)})
             exact[i : i + 1] = seen["hidden_out"]
             for linear in TEXT_LINEARS:
                 rows[linear].append(seen[f"{linear}_in"][0].astype(np.float32))
@@ -74,8 +78,9 @@ def narrow_text(
             tensors += stored_linear(linear, found, "int8-weights", precision, f"{linear} of text layer {layer}")
         write_tensors(work.narrowed(name), tensors)
         stored = MappedTensors(work.narrowed(name), error=BundleError)
+        fed = stored if runs is bundle else widened(stored)
         for i in range(len(rough)):
-            rough[i : i + 1] = narrow({"hidden": rough[i : i + 1], "position_bias": bias, **stored})["hidden_out"]
+            rough[i : i + 1] = narrow({"hidden": rough[i : i + 1], "position_bias": bias, **fed})["hidden_out"]
         weights.release()
         tick()
     quality = snr(*(_normed(hidden, widen(shared["final_norm_weight"])) for hidden in (exact, rough)))

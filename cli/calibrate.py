@@ -32,7 +32,14 @@ if TYPE_CHECKING:
 @click.option("--guidance", type=float, default=3.0, show_default=True, help="Guidance of the observed clips.")
 @click.option("--min-snr", type=float, metavar="DB", help="Keep linears in high precision until the denoiser has this.")
 @click.option("--max-high-precision", type=int, metavar="N", help="Linears that may stay in high precision.")
+@click.option(
+    "--observe-with",
+    type=click.Path(path_type=Path),
+    metavar="BUNDLE",
+    help="Compute with this fp32 export of the same checkpoint: for a bf16 BUNDLE.",
+)
 @click.option("--keep-text-encoder", is_flag=True, help="Leave the text encoder's weights as they are.")
+@click.option("--no-report", is_flag=True, help="Do not make calibration/report.html, which animates a sample twice.")
 @click.option("--target", "targets", multiple=True, metavar="NAME", help="Refuse what this GPU lacks; may be repeated.")
 @click.option("--threads", type=int, help="Processor cores to use. [default: all]")
 @json_option
@@ -46,7 +53,9 @@ def command(
     guidance: float,
     min_snr: float | None,
     max_high_precision: int | None,
+    observe_with: Path | None,
     keep_text_encoder: bool,
+    no_report: bool,
     targets: tuple[str, ...],
     threads: int | None,
     as_json: bool,
@@ -72,10 +81,11 @@ def command(
         min_snr=min_snr,
         most_high_precision=max_high_precision,
         text=not keep_text_encoder,
+        report=not no_report,
     )
     samples = read_samples(data)
     with working(as_json) as progress:
-        made = calibrate(bundle, out, samples, options, threads=threads, progress=progress)
+        made = calibrate(bundle, out, samples, options, observe_with=observe_with, threads=threads, progress=progress)
     if as_json:
         print_json({"bundle": str(out), **made.facts()})
     else:

@@ -40,7 +40,8 @@ def some_samples(count: int = 2) -> list[Sample]:
 
 def quick(scheme: str = "int8", **changes: object) -> Options:
     """Options of the quickest calibration."""
-    return Options(settings=Settings(scheme=scheme), steps=2, **changes)  # type: ignore[arg-type]
+    values: dict[str, object] = {"steps": 2, "report": False, **changes}
+    return Options(settings=Settings(scheme=scheme), **values)  # type: ignore[arg-type]
 
 
 def write_set(folder: Path, count: int = 2) -> Path:

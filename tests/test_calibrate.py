@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dynamictrl_edge.bundle.errors import BundleError, InputError, UsageError
+from dynamictrl_edge.bundle.errors import BundleError, DeviceError, InputError, UsageError
 from dynamictrl_edge.bundle.manifest import read_manifest
 from dynamictrl_edge.bundle.store import Bundle
 from dynamictrl_edge.calibration import calibrate as module
@@ -22,21 +22,8 @@ from dynamictrl_edge.calibration.samples import Sample
 from dynamictrl_edge.runtime import Animator
 from tests.calibration_samples import SIZE, quick, some_samples
 from tests.cli_samples import listing
-from tests.conftest import Share
+from tests.conftest import Export, Quantized
 from tests.engine_samples import edit
-
-
-@pytest.fixture(scope="session")
-def quantized(share: Share, bundle15: Path) -> dict[str, Path]:
-    """The 1.5-style golden model in every scheme."""
-    return {
-        scheme: share(f"quantized-{scheme}", lambda folder, scheme=scheme: _make(bundle15, folder, scheme)) / "bundle"
-        for scheme in ("int8", "fp8", "int8-weights")
-    }
-
-
-def _make(bundle: Path, folder: Path, scheme: str) -> None:
-    calibrate(bundle, folder / "bundle", some_samples(), quick(scheme), threads=1)
 
 
 def latents(bundle: Path, **changes: Any) -> np.ndarray:
@@ -48,15 +35,15 @@ def latents(bundle: Path, **changes: Any) -> np.ndarray:
 
 @pytest.mark.parametrize(("scheme", "least"), [("int8", 20.0), ("fp8", 15.0), ("int8-weights", 25.0)])
 def test_a_quantized_bundle_animates_nearly_as_the_source(
-    quantized: dict[str, Path], bundle15: Path, scheme: str, least: float
+    quantized: Quantized, bundle15: Path, scheme: str, least: float
 ) -> None:
     exact = latents(bundle15)
-    assert snr(exact, latents(quantized[scheme])) > least
+    assert snr(exact, latents(quantized(scheme))) > least
 
 
 @pytest.mark.parametrize("scheme", ["int8", "fp8", "int8-weights"])
-def test_it_says_what_it_is_and_is_smaller(quantized: dict[str, Path], bundle15: Path, scheme: str) -> None:
-    source, made = read_manifest(bundle15), read_manifest(quantized[scheme])
+def test_it_says_what_it_is_and_is_smaller(quantized: Quantized, bundle15: Path, scheme: str) -> None:
+    source, made = read_manifest(bundle15), read_manifest(quantized(scheme))
     assert (made.label, made.precision) == (scheme, "fp32")
     assert made.quantization is not None and set(made.quantization.blocks) == {"block"}
     assert made.quantization.linears["block"] == LINEARS
@@ -64,14 +51,14 @@ def test_it_says_what_it_is_and_is_smaller(quantized: dict[str, Path], bundle15:
     for name in made.files:
         if name.startswith("weights/block_"):
             assert made.files[name].bytes < 0.32 * source.files[name].bytes
-    kinds = {info.dtype for info in Bundle(quantized[scheme]).tensors("block_00").infos.values()}
+    kinds = {info.dtype for info in Bundle(quantized(scheme)).tensors("block_00").infos.values()}
     assert kinds == {"F32", "F8_E4M3" if scheme == "fp8" else "I8"}
-    Bundle(quantized[scheme]).verify()
+    Bundle(quantized(scheme)).verify()
     assert {"calibration/calibration.json", "calibration/ranges.json"} <= set(made.files)
 
 
-def test_decisions_and_sensitivities_are_in_the_bundle(quantized: dict[str, Path], bundle15: Path) -> None:
-    facts = json.loads((quantized["int8"] / "calibration/calibration.json").read_text())
+def test_decisions_and_sensitivities_are_in_the_bundle(quantized: Quantized, bundle15: Path) -> None:
+    facts = json.loads((quantized("int8") / "calibration/calibration.json").read_text())
     layers = read_manifest(bundle15).transformer.num_layers
     assert len(facts["linears"]) == 4 * layers
     for row in facts["linears"]:
@@ -80,20 +67,14 @@ def test_decisions_and_sensitivities_are_in_the_bundle(quantized: dict[str, Path
     assert facts["denoiser_bytes"]["after"] < facts["denoiser_bytes"]["before"]
 
 
-@pytest.fixture(scope="module")
-def floating(exported: Any) -> Path:
-    return exported("cogvideox15-tiny", "fp16")
+def test_a_half_precision_bundle_can_be_calibrated(quantized: Quantized, exported: Export) -> None:
+    source, made = exported("cogvideox15-tiny", "fp16"), quantized("int8", "fp16")
+    assert snr(latents(source), latents(made)) > 20
+    assert (read_manifest(made).precision, read_manifest(made).label) == ("fp16", "int8")
 
 
-def test_a_half_precision_bundle_can_be_calibrated(floating: Path, tmp_path: Path) -> None:
-    calibrate(floating, tmp_path / "q", some_samples(), quick(), threads=1)
-    assert snr(latents(floating), latents(tmp_path / "q")) > 20
-    made = read_manifest(tmp_path / "q")
-    assert (made.precision, made.label) == ("fp16", "int8")
-
-
-def test_linears_stay_in_high_precision(quantized: dict[str, Path], bundle15: Path, tmp_path: Path) -> None:
-    worst = json.loads((quantized["int8"] / "calibration/calibration.json").read_text())
+def test_linears_stay_in_high_precision(quantized: Quantized, bundle15: Path, tmp_path: Path) -> None:
+    worst = json.loads((quantized("int8") / "calibration/calibration.json").read_text())
     asked = min(worst["output_snr_db"]) + 1
     made = calibrate(bundle15, tmp_path / "q", some_samples(), quick(min_snr=asked), threads=1)
     assert made.choice.snr.min() >= asked and 0 < made.choice.count < 4 * len(made.decisions)
@@ -105,12 +86,12 @@ def test_linears_stay_in_high_precision(quantized: dict[str, Path], bundle15: Pa
         assert {name for name, kind in kinds.items() if kind == "F32"} == made.choice.kept[block]
         assert {port.name for port in manifest.graphs[graph].inputs} >= set(tensors)
     better = snr(latents(bundle15), latents(tmp_path / "q"))
-    assert better > snr(latents(bundle15), latents(quantized["int8"])) - 1
+    assert better > snr(latents(bundle15), latents(quantized("int8"))) - 1
 
 
-def test_the_result_is_the_same_every_time(quantized: dict[str, Path], bundle15: Path, tmp_path: Path) -> None:
+def test_the_result_is_the_same_every_time(quantized: Quantized, bundle15: Path, tmp_path: Path) -> None:
     calibrate(bundle15, tmp_path / "q", some_samples(), quick(), threads=1)
-    first, second = read_manifest(quantized["int8"]).files, read_manifest(tmp_path / "q").files
+    first, second = read_manifest(quantized("int8")).files, read_manifest(tmp_path / "q").files
     weights = [name for name in first if name.startswith(("weights/", "graphs/"))]
     assert {name: first[name] for name in weights} == {name: second[name] for name in weights}
 
@@ -143,7 +124,7 @@ class Stopping:
 
 @pytest.mark.parametrize(("stage", "after"), [("Observing", 3), ("Choosing scales", 6), ("Writing", 2)])
 def test_an_interrupted_calibration_goes_on(
-    quantized: dict[str, Path], bundle15: Path, tmp_path: Path, stage: str, after: int, monkeypatch: pytest.MonkeyPatch
+    quantized: Quantized, bundle15: Path, tmp_path: Path, stage: str, after: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(KeyboardInterrupt):
         calibrate(bundle15, tmp_path / "q", some_samples(), quick(), threads=1, progress=Stopping(stage, after))
@@ -155,7 +136,7 @@ def test_an_interrupted_calibration_goes_on(
     assert decided == {"Observing": 0, "Choosing scales": 1}.get(stage, read_manifest(bundle15).transformer.num_layers)
     calibrate(bundle15, tmp_path / "q", some_samples(), quick(), threads=1)
     assert [path.name for path in tmp_path.iterdir()] == ["q"]
-    first, second = read_manifest(quantized["int8"]).files, read_manifest(tmp_path / "q").files
+    first, second = read_manifest(quantized("int8")).files, read_manifest(tmp_path / "q").files
     assert all(first[name] == second[name] for name in first if name.startswith("weights/block"))
 
 
@@ -170,9 +151,9 @@ def test_other_settings_begin_anew(bundle15: Path, tmp_path: Path) -> None:
 # Bad input
 
 
-def test_a_quantized_bundle_is_refused(quantized: dict[str, Path], tmp_path: Path) -> None:
+def test_a_quantized_bundle_is_refused(quantized: Quantized, tmp_path: Path) -> None:
     with pytest.raises(BundleError, match=r"quantized already \(int8\)"):
-        calibrate(quantized["int8"], tmp_path / "q", some_samples(), quick())
+        calibrate(quantized("int8"), tmp_path / "q", some_samples(), quick())
     assert list(tmp_path.iterdir()) == []
 
 
@@ -265,3 +246,38 @@ def test_samples_of_other_sizes_go_together(bundle15: Path, tmp_path: Path) -> N
 def test_without_guidance_one_half_is_seen(bundle15: Path, tmp_path: Path) -> None:
     made = calibrate(bundle15, tmp_path / "q", some_samples(), quick(guidance=1.0), threads=1)
     assert made.choice.snr.min() > 20
+
+
+def test_the_report_stands_alone(bundle15: Path, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="the report needs the extra 'calibrate'")
+    calibrate(bundle15, tmp_path / "q", some_samples(1), quick(report=True), threads=1)
+    Bundle(tmp_path / "q").verify()
+    page = (tmp_path / "q" / "calibration" / "report.html").read_text()
+    assert page.count("<svg") == 2 and page.count("data:image/png;base64,") == 12
+    assert "<script" not in page and ' src="http' not in page and "<link" not in page
+    for words in ("Each linear alone", "Ranges over timesteps", "denoiser, blocks", "ff_out", "int8"):
+        assert words in page
+
+
+def test_a_missing_drawing_library_is_named(bundle15: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(DeviceError, match=r"'matplotlib'.*--no-report"):
+        calibrate(bundle15, tmp_path / "q", some_samples(), quick(report=True))
+
+
+def test_a_bf16_bundle_is_observed_through_its_float32_export(
+    exported: Export, bundle10: Path, bundle15: Path, tmp_path: Path
+) -> None:
+    source = exported("cogvideox15-tiny", "bf16")
+    with pytest.raises(DeviceError, match="--observe-with"):
+        calibrate(source, tmp_path / "q", some_samples(), quick(), threads=1)
+    with pytest.raises(BundleError, match="another checkpoint"):
+        calibrate(source, tmp_path / "q", some_samples(), quick(), observe_with=bundle10, threads=1)
+    with pytest.raises(UsageError, match="is bf16; a bundle in fp32 is needed"):
+        calibrate(bundle15, tmp_path / "q", some_samples(), quick(), observe_with=source, threads=1)
+    made = calibrate(source, tmp_path / "q", some_samples(), quick(), observe_with=bundle15, threads=1)
+    assert made.choice.snr.min() > 20
+    manifest = read_manifest(tmp_path / "q")
+    assert (manifest.precision, manifest.label) == ("bf16", "int8") and "block_cpu" not in manifest.graphs
+    kinds = {info.dtype for info in Bundle(tmp_path / "q").tensors("block_00").infos.values()}
+    assert kinds == {"I8", "BF16"}
