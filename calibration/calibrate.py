@@ -39,7 +39,7 @@ __all__ = ["Calibration", "Options", "calibrate"]
 
 MEASURED_STEPS = 5  # timesteps of sensitivity and quality
 MEASURED_SAMPLES = 4
-LEAST_BEYOND = 4  # values that must lie beyond the rarest percentile
+LEAST_BEYOND = 1  # values that must lie beyond the rarest percentile
 
 
 class Options(msgspec.Struct, frozen=True, kw_only=True):
