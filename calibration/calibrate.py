@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import platform
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,14 +18,14 @@ import numpy as np
 from ..bundle.atomic import atomic_folder, check_output_place
 from ..bundle.config import geometry
 from ..bundle.errors import BundleError, DeviceError, InputError, UsageError
-from ..bundle.manifest import SCHEMES, Manifest
+from ..bundle.manifest import SCHEMES, FileEntry, Manifest, Scheme
 from ..bundle.store import Bundle
 from ..runtime.animator import Animator, Prepared
 from ..runtime.backends.onnxruntime import OnnxRuntimeBackend
 from ..runtime.scheduler import make_schedule
 from .block_graph import LINEARS
 from .blocks import Decisions, candidates, decide_blocks
-from .choose import Choice, Kept, choose, ranking
+from .choose import Choice, Kept, choose, graph_name, ranking
 from .decide import PERCENTILES, Settings
 from .measure import Measurer, spread_steps
 from .modulation import Narrowed, narrow_modulation
@@ -77,7 +78,7 @@ class _Silent:
 class Calibration:
     """What came out. sensitivity: [blocks, linears, steps] decibels of each linear alone; timesteps: the measured ones."""
 
-    manifest: Manifest
+    scheme: Scheme
     decisions: list[Decisions]
     sensitivity: np.ndarray
     choice: Choice
@@ -89,12 +90,10 @@ class Calibration:
     def facts(self) -> dict[str, Any]:
         """Everything as plain values, for JSON."""
         return {
-            "scheme": self.manifest.label,
+            "scheme": self.scheme,
             "timesteps": list(self.timesteps),
             "output_snr_db": [round(float(x), 3) for x in self.choice.snr],
-            "graphs": {
-                name: self.manifest.block_graphs.count(name) for name in dict.fromkeys(self.manifest.block_graphs)
-            },
+            "graphs": dict(Counter(map(graph_name, self.choice.kept))),
             "high_precision": self.choice.count,
             "modulation": msgspec.to_builtins(self.modulation),
             "text_encoder": msgspec.to_builtins(self.text),
@@ -138,92 +137,182 @@ def calibrate(
         UsageError: an option that can never work.
         DeviceError: the bundle cannot be run here.
     """
-    options, progress, output = options or Options(), progress or _Silent(), Path(output)
+    options, output = options or Options(), Path(output)
     _check_options(options)
     source = Bundle(bundle)
     _check_source(source)
     _check_output(source, output)
     animator = _observer(source, observe_with, threads)
-    runs, backend = source if observe_with is None else animator.bundle, animator.backend
-    if not isinstance(backend, OnnxRuntimeBackend):
-        raise RuntimeError("calibration runs on ONNX Runtime")
-    config = source.manifest.transformer
+    runs = source if observe_with is None else animator.bundle
     schedule = make_schedule(animator.scheduler, options.steps)
-    plan = Plan(len(samples), schedule, options.guidance, plan_rows(config, len(schedule)))
+    rows = plan_rows(source.manifest.transformer, len(schedule))
+    plan = Plan(len(samples), schedule, options.guidance, rows)
     _check_samples(source, samples, plan)
     work = Work.open(output, _key(source, runs, samples, options))
-
-    def prepared(number: int) -> Prepared:
-        return animator.prepare(**samples[number].request(options.steps, options.guidance))
-
-    progress.stage("Observing", plan.samples * len(schedule))
-    seen = observe(animator, prepared, plan, work, progress.advance)
-    progress.stage("Choosing scales", config.num_layers * len(LINEARS))
-    decisions = decide_blocks(source, seen, options.settings, work, progress.advance)
-    progress.stage("Modulation", config.num_layers)
-    modulation = narrow_modulation(
-        source, runs, backend, animator.scheduler.num_train_timesteps, options.settings, work, progress.advance
-    )
-    tables = [work.narrowed(f"modulation_{i:02d}") for i in range(config.num_layers)] if modulation.narrow else None
-    text = _narrow_text(source, runs, backend, samples, options, work, progress)
-    steps = spread_steps(len(schedule), MEASURED_STEPS)
-    measured = candidates(runs, work, wide=runs is not source)
-    measurer = Measurer(runs, backend, options.settings.scheme, measured, schedule, options.guidance, steps)
-    trajectories = [Trajectory.load(work.trajectory(i)) for i in spread_steps(plan.samples, MEASURED_SAMPLES)]
-    progress.stage("Measuring each linear", len(trajectories) * len(steps))
-    sensitivity = measurer.alone(trajectories, progress.advance)
-
-    if tables is not None:
-        measurer.use_modulation(tables)
-
-    def quality(kept: Kept) -> np.ndarray:
-        progress.stage("Measuring the whole", len(trajectories) * len(steps))
-        chosen = [frozenset(LINEARS) - one for one in kept]
-        return measurer.mixture(trajectories, chosen, progress.advance)
-
-    choice = choose(
-        ranking(sensitivity), config.num_layers, quality, min_snr=options.min_snr, most=options.most_high_precision
-    )
-    timesteps = tuple(int(schedule.timesteps[i]) for i in steps)
-    progress.stage("Writing", source.manifest.total_bytes)
+    job = _Job(source, runs, animator, samples, options, plan, work, progress or _Silent())
+    seen = job.observed()
+    decided = job.decided(seen)
+    measured = job.measured(decided)
     with atomic_folder(output) as folder:
-        writer = Writer(source, folder, progress.advance)
-        blocks = candidates(source, work)
-        names = writer.blocks(options.settings.scheme, blocks, choice)
+        made = job.written(folder, decided, measured, _ranges(seen), threads)
+    work.remove()
+    return made
+
+
+@dataclass(frozen=True)
+class _Decided:
+    """What was decided before anything was measured at the denoiser's output; the weights are in the work folder."""
+
+    blocks: list[Decisions]
+    modulation: Narrowed
+    text: Narrowed | None
+
+
+@dataclass(frozen=True)
+class _Measured:
+    steps: tuple[int, ...]  # places in the schedule
+    sensitivity: np.ndarray
+    choice: Choice
+
+
+@dataclass(frozen=True)
+class _Job:
+    """One calibration, stage by stage. `source` is quantized; `runs` is computed with, the same or its float32 export."""
+
+    source: Bundle
+    runs: Bundle
+    animator: Animator
+    samples: Sequence[Sample]
+    options: Options
+    plan: Plan
+    work: Work
+    progress: Progress
+
+    @property
+    def layers(self) -> int:
+        return self.source.manifest.transformer.num_layers
+
+    @property
+    def backend(self) -> OnnxRuntimeBackend:
+        if not isinstance(self.animator.backend, OnnxRuntimeBackend):
+            raise RuntimeError("calibration runs on ONNX Runtime")
+        return self.animator.backend
+
+    def _request(self, number: int) -> dict[str, Any]:
+        return self.samples[number].request(self.options.steps, self.options.guidance)
+
+    def observed(self) -> Observations:
+        self.progress.stage("Observing", self.plan.samples * len(self.plan.schedule))
+
+        def prepared(number: int) -> Prepared:
+            return self.animator.prepare(**self._request(number))
+
+        return observe(self.animator, prepared, self.plan, self.work, self.progress.advance)
+
+    def decided(self, seen: Observations) -> _Decided:
+        progress, settings = self.progress, self.options.settings
+        progress.stage("Choosing scales", self.layers * len(LINEARS))
+        blocks = decide_blocks(self.source, seen, settings, self.work, progress.advance)
+        progress.stage("Modulation", self.layers)
+        timesteps = self.animator.scheduler.num_train_timesteps
+        modulation = narrow_modulation(
+            self.source, self.runs, self.backend, timesteps, settings, self.work, progress.advance
+        )
+        return _Decided(blocks, modulation, self._text())
+
+    def _text(self) -> Narrowed | None:
+        config = self.source.manifest.text
+        if not self.options.text or config is None:
+            return None
+        self.progress.stage("Text encoder", config.num_layers)
+        prompts = [text for sample in self.samples for text in (sample.prompt, sample.negative_prompt)]
+        return narrow_text(
+            self.source, self.runs, self.backend, prompts, self.options.settings, self.work, self.progress.advance
+        )
+
+    def _tables(self, decided: _Decided) -> list[Path] | None:
+        """Files of the modulation with int8 weights; None where it stays as it is."""
+        return [self.work.modulation(i) for i in range(self.layers)] if decided.modulation.narrow else None
+
+    def measured(self, decided: _Decided) -> _Measured:
+        progress, options, schedule = self.progress, self.options, self.plan.schedule
+        steps = spread_steps(len(schedule), MEASURED_STEPS)
+        blocks = candidates(self.runs, self.work, wide=self.runs is not self.source)
+        measurer = Measurer(self.runs, self.backend, options.settings.scheme, blocks, schedule, options.guidance, steps)
+        chosen = spread_steps(self.plan.samples, MEASURED_SAMPLES)
+        trajectories = [Trajectory.load(self.work.trajectory(i)) for i in chosen]
+        progress.stage("Measuring each linear", len(trajectories) * len(steps))
+        sensitivity = measurer.alone(trajectories, progress.advance)
+        tables = self._tables(decided)
+        if tables is not None:
+            measurer.use_modulation(tables)
+
+        def quality(kept: Kept) -> np.ndarray:
+            progress.stage("Measuring the whole", len(trajectories) * len(steps))
+            return measurer.mixture(trajectories, [frozenset(LINEARS) - one for one in kept], progress.advance)
+
+        order = ranking(sensitivity)
+        choice = choose(order, self.layers, quality, min_snr=options.min_snr, most=options.most_high_precision)
+        return _Measured(steps, sensitivity, choice)
+
+    def written(
+        self,
+        folder: Path,
+        decided: _Decided,
+        measured: _Measured,
+        ranges: list[dict[str, Any]],
+        threads: int | None,
+    ) -> Calibration:
+        """Fills the folder of the new bundle."""
+        manifest, choice, scheme = self.source.manifest, measured.choice, self.options.settings.scheme
+        self.progress.stage("Writing", manifest.total_bytes)
+        writer = Writer(self.source, folder, self.progress.advance)
+        blocks = candidates(self.source, self.work)
+        names = writer.blocks(scheme, blocks, choice)
         factors = [block.row_scale(linears) for block, linears in zip(blocks, choice.quantized, strict=True)]
-        writer.modulation(factors, tables)
-        if text is not None and text.narrow and source.manifest.text is not None:
-            layers = range(source.manifest.text.num_layers)
-            writer.text([work.narrowed(f"text_block_{i:02d}") for i in layers])
+        writer.modulation(factors, self._tables(decided))
+        if decided.text is not None and decided.text.narrow and manifest.text is not None:
+            writer.text([self.work.text_block(i) for i in range(manifest.text.num_layers)])
         writer.rest()
         made = Calibration(
-            msgspec.structs.replace(source.manifest, files=writer.files),
-            decisions,
-            sensitivity,
+            scheme,
+            decided.blocks,
+            measured.sensitivity,
             choice,
-            timesteps,
-            (denoiser_bytes(source.manifest), _bytes_of(writer.files)),
-            modulation,
-            text,
+            tuple(int(self.plan.schedule.timesteps[i]) for i in measured.steps),
+            (denoiser_bytes(manifest.files), denoiser_bytes(writer.files)),
+            decided.modulation,
+            decided.text,
         )
-        facts = {**made.facts(), "scheme": options.settings.scheme, "options": msgspec.to_builtins(options)}
+        facts = {**made.facts(), "options": msgspec.to_builtins(self.options)}
         writer.data("calibration/calibration.json", msgspec.json.format(msgspec.json.encode(facts), indent=1))
-        ranges = _ranges(seen)
         writer.data("calibration/ranges.json", msgspec.json.encode(ranges))
-        provenance = _provenance(source, samples)
-        manifest = writer.manifest(options.settings.scheme, names, provenance)
-        if options.report and runs is source:
-            progress.stage("Report", 2)
-            strips = {}
-            for title, animates in (("source", animator), (options.settings.scheme, _opened(folder, threads))):
-                strips[title] = animates(**samples[0].request(options.steps, options.guidance)).frames
-                progress.advance()
-            sizes = _sizes(source.manifest, manifest)
-            page = make_report(facts, ranges, [int(t) for t in schedule.timesteps], sizes, strips)
-            writer.data("calibration/report.html", page.encode())
-            manifest = writer.manifest(options.settings.scheme, names, provenance)
-    work.remove()
-    return replace(made, manifest=manifest)
+        provenance = _provenance(self.source, self.samples)
+        complete = writer.manifest(scheme, names, provenance)
+        if self.options.report:
+            self._report(folder, writer, facts, ranges, complete, threads)
+            writer.manifest(scheme, names, provenance)
+        return made
+
+    def _report(
+        self,
+        folder: Path,
+        writer: Writer,
+        facts: dict[str, Any],
+        ranges: list[dict[str, Any]],
+        made: Manifest,
+        threads: int | None,
+    ) -> None:
+        """Adds the page, with a clip of the source and one of the new bundle where both can be computed here."""
+        strips = {}
+        if self.runs is self.source:
+            self.progress.stage("Report", 2)
+            for title, animator in (("source", self.animator), (made.label, _opened(folder, threads))):
+                strips[title] = animator(**self._request(0)).frames
+                self.progress.advance()
+        timesteps = [int(t) for t in self.plan.schedule.timesteps]
+        page = make_report(facts, ranges, timesteps, _sizes(self.source.manifest, made), strips)
+        writer.data("calibration/report.html", page.encode())
 
 
 def _opened(folder: Path | str, threads: int | None) -> Animator:
@@ -246,28 +335,8 @@ def _sizes(before: Manifest, after: Manifest) -> dict[str, tuple[int, int]]:
     return {part: (count(before, prefix), count(after, prefix)) for part, prefix in parts.items()}
 
 
-def _narrow_text(
-    source: Bundle,
-    runs: Bundle,
-    backend: OnnxRuntimeBackend,
-    samples: Sequence[Sample],
-    options: Options,
-    work: Work,
-    progress: Progress,
-) -> Narrowed | None:
-    if not options.text or source.manifest.text is None:
-        return None
-    progress.stage("Text encoder", source.manifest.text.num_layers)
-    prompts = [text for sample in samples for text in (sample.prompt, sample.negative_prompt)]
-    return narrow_text(source, runs, backend, prompts, options.settings, work, progress.advance)
-
-
-def denoiser_bytes(manifest: Manifest) -> int:
+def denoiser_bytes(files: Mapping[str, FileEntry]) -> int:
     """Bytes of the transformer's weights."""
-    return _bytes_of(manifest.files)
-
-
-def _bytes_of(files: Any) -> int:
     parts = ("weights/block_", "weights/modulation_", "weights/denoiser.")
     return sum(entry.bytes for name, entry in files.items() if name.startswith(parts))
 

@@ -75,8 +75,8 @@ def narrow_modulation(
             rows = seen[f"{linear}_in"].astype(np.float32)
             _, found = decide_weights(rows, widen(weights[f"{linear}_weight"]), settings, precision, DAMPING)
             tensors += stored_linear(linear, found, "int8-weights", precision, f"{linear} of block {block}")
-        write_tensors(work.narrowed(name), tensors)
-        stored = MappedTensors(work.narrowed(name), error=BundleError)
+        write_tensors(work.modulation(block), tensors)
+        stored = MappedTensors(work.modulation(block), error=BundleError)
         table = narrow({**feeds, **(stored if runs is bundle else widened(stored))})["table"]
         worst = min(worst, *(snr(seen["table"][:, row], table[:, row]) for row in range(table.shape[1])))
         weights.release()

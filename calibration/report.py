@@ -50,7 +50,7 @@ def make_report(
     parts = [
         f"<p>The denoiser's output against the source, on its own trajectories: {output}. Blocks run: {graphs}.</p>",
         _other_parts(facts, text),
-        "<h2>Frames</h2>",
+        *(["<h2>Frames</h2>"] if strips else []),
         *(_strip(title, frames) for title, frames in strips.items()),
         "<h2>Size</h2>",
         _sizes(sizes),

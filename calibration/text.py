@@ -76,8 +76,8 @@ def narrow_text(
             seen_rows = np.concatenate(rows[linear])[:MOST_ROWS]
             _, found = decide_weights(seen_rows, widen(weights[f"{linear}_weight"]), settings, precision)
             tensors += stored_linear(linear, found, "int8-weights", precision, f"{linear} of text layer {layer}")
-        write_tensors(work.narrowed(name), tensors)
-        stored = MappedTensors(work.narrowed(name), error=BundleError)
+        write_tensors(work.text_block(layer), tensors)
+        stored = MappedTensors(work.text_block(layer), error=BundleError)
         fed = stored if runs is bundle else widened(stored)
         for i in range(len(rough)):
             rough[i : i + 1] = narrow({"hidden": rough[i : i + 1], "position_bias": bias, **fed})["hidden_out"]

@@ -63,9 +63,13 @@ class Work:
         """Written after `weights`: says that they are whole."""
         return self.root / f"block_{block:02d}.json"
 
-    def narrowed(self, name: str) -> Path:
-        """A weight file of which the linears have int8 weights: of the modulation, or of the text encoder."""
-        return self.root / f"{name}.safetensors"
+    def modulation(self, block: int) -> Path:
+        """A block's modulation with int8 weights."""
+        return self.root / f"modulation_{block:02d}.safetensors"
+
+    def text_block(self, layer: int) -> Path:
+        """A layer of the text encoder with int8 weights."""
+        return self.root / f"text_block_{layer:02d}.safetensors"
 
     def remove(self) -> None:
         shutil.rmtree(self.root, ignore_errors=True)
