@@ -12,6 +12,7 @@ from .errors import BundleError
 from .precision import PRECISIONS
 
 __all__ = [
+    "BLOCK",
     "FORMAT_VERSION",
     "OWN",
     "SCHEMES",

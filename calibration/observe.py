@@ -14,19 +14,21 @@ from pathlib import Path
 import numpy as np
 
 from ..bundle.atomic import atomic_file
-from ..bundle.config import TransformerConfig
+from ..bundle.config import Geometry, TransformerConfig
 from ..bundle.errors import BundleError, InputError
+from ..bundle.manifest import BLOCK, OWN, Manifest
 from ..bundle.store import Bundle
 from ..runtime.animator import Animator, Prepared
 from ..runtime.backends.onnxruntime import OnnxRuntimeBackend, OrtGraph
 from ..runtime.denoiser import Denoiser, Step
+from ..runtime.memory import FLOAT, PROCESS, SHARE, block_activations, loop_bytes, physical_memory
 from ..runtime.scheduler import Schedule
 from .block_graph import LINEARS, observed
 from .graphs import read_model, spec_of
 from .statistics import TensorStatistics, statistics_bytes
 from .work import Trajectory, Work
 
-__all__ = ["Observations", "Plan", "channels_of", "observe", "plan_rows"]
+__all__ = ["Observations", "Plan", "channels_of", "observe", "observing_bytes", "plan_rows"]
 
 MOST_ROWS = 2048  # per linear; more change no decision
 STATISTICS_BUDGET = 1_600_000_000  # bytes for all statistics together
@@ -134,7 +136,7 @@ def observe(
     denoiser.side_by_side = False
     for sample in range(found.done, plan.samples):
         ready = prepared(sample)
-        denoiser.resident_blocks = ready.run.plan.resident_blocks
+        denoiser.resident_blocks = _resident(animator, ready, plan)
         tap.begin(sample)
         trace = _Trace(ready)
         steps = denoiser.denoise(
@@ -151,6 +153,30 @@ def observe(
     for (block, name), tensor in found.tensors.items():
         tensor.check(f"The input of {name} in block {block}")
     return found
+
+
+def observing_bytes(manifest: Manifest, size: Geometry, plan: Plan) -> int:
+    """What observing one sample needs in memory with streamed blocks: two of them, the loop's buffers, one block's activations
+    and tapped inputs, and the statistics of all blocks."""
+    config, block = manifest.transformer, _block_bytes(manifest)
+    tokens = size.video_tokens + config.max_text_seq_length
+    tapped = FLOAT * tokens * sum(channels_of(config).values())
+    kept = sum(statistics_bytes(c, len(plan.schedule), plan.rows) for c in channels_of(config).values())
+    buffers = loop_bytes(manifest, size, plan.halves, block)
+    activations = block_activations(config, size, BLOCK + OWN in manifest.graphs)
+    return PROCESS + 2 * block + buffers + activations + tapped + config.num_layers * kept
+
+
+def _block_bytes(manifest: Manifest) -> int:
+    return max(entry.bytes for name, entry in manifest.files.items() if name.startswith("weights/block_"))
+
+
+def _resident(animator: Animator, ready: Prepared, plan: Plan) -> int:
+    """How many blocks stay in memory: all, or none where that would take more than the machine's share."""
+    manifest, physical = animator.bundle.manifest, physical_memory()
+    layers = manifest.transformer.num_layers
+    needed = observing_bytes(manifest, ready.run.geometry, plan) + layers * _block_bytes(manifest)
+    return layers if physical is None or needed <= SHARE * physical else 0
 
 
 class _Trace:

@@ -5,13 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import ml_dtypes
+import msgspec
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
+from benchmarks.checkpoints import SPECS, transformer_config, vae_config
+from dynamictrl_edge.bundle.config import TransformerConfig, VaeConfig, geometry
 from dynamictrl_edge.bundle.errors import InputError
+from dynamictrl_edge.bundle.manifest import FileEntry
 from dynamictrl_edge.bundle.precision import widen
 from dynamictrl_edge.calibration.block_graph import LINEARS
 from dynamictrl_edge.calibration.blocks import row_scale
@@ -19,11 +23,11 @@ from dynamictrl_edge.calibration.choose import MOST_GRAPHS, Kept, choose, graph_
 from dynamictrl_edge.calibration.compensate import compensated, second_moments
 from dynamictrl_edge.calibration.decide import Settings, decide, decide_weights, snr
 from dynamictrl_edge.calibration.grids import FP8, INT8, as_stored, raised, representable
-from dynamictrl_edge.calibration.observe import STATISTICS_BUDGET, Plan, channels_of, plan_rows
+from dynamictrl_edge.calibration.observe import STATISTICS_BUDGET, Plan, channels_of, observing_bytes, plan_rows
 from dynamictrl_edge.calibration.pairs import PAIR_LIMIT, fits, pair_sums, room
 from dynamictrl_edge.calibration.statistics import BINS, TensorStatistics, percentile, statistics_bytes
 from dynamictrl_edge.runtime.scheduler import SchedulerConfig, make_schedule
-from tests.bundle_samples import TRANSFORMER
+from tests.bundle_samples import TRANSFORMER, small_manifest
 
 SIZES = st.integers(1, 30)
 FLOATS = st.floats(-1e6, 1e6, width=32)
@@ -91,14 +95,25 @@ def test_constants_and_nothing_are_named() -> None:
 
 
 def test_statistics_of_the_full_model_are_bounded() -> None:
-    import msgspec
-
     config = msgspec.structs.replace(TRANSFORMER, num_attention_heads=48, num_layers=42)
     rows = plan_rows(config, 25)
     one = sum(statistics_bytes(channels, 25, rows) for channels in channels_of(config).values())
     assert rows >= 256 and 42 * one <= STATISTICS_BUDGET < 2e9
     made = TensorStatistics.empty(64, 25, 10)
     assert sum(np.asarray(value).nbytes for value in made.arrays("").values()) <= statistics_bytes(64, 25, 10) + 8
+
+
+def test_the_full_model_is_observed_within_8_gb() -> None:
+    config = msgspec.convert(transformer_config(SPECS["full"]), TransformerConfig)
+    block = 4 * (12 * config.width**2 + 9 * config.width + 4 * config.attention_head_dim)
+    names = [f"weights/block_{i:02d}.safetensors" for i in range(config.num_layers)]
+    manifest = small_manifest({name: FileEntry("", block) for name in names})
+    graphs = {**manifest.graphs, "block_cpu": manifest.graphs["block"]}
+    manifest = msgspec.structs.replace(manifest, transformer=config, graphs=graphs)
+    plan = Plan(4, make_schedule(SchedulerConfig(), 25), 3.0, plan_rows(config, 25))
+    size = geometry(config, msgspec.convert(vae_config(SPECS["full"]), VaeConfig), 576, 1024, 37)
+    assert size.video_tokens == 11520 and config.num_layers == 42
+    assert observing_bytes(manifest, size, plan) < 8e9
 
 
 @given(st.integers(1, 9), st.integers(1, 12), st.booleans(), st.integers(1, 3000))
