@@ -195,9 +195,9 @@ class Graphs:
         else:
             traced = trace(*graph_modules(configs.transformer, base)[graph], name=graph)
             if precision != base:
-                from benchmarks.int8_block import quantize
+                from dynamictrl_edge.calibration.block_graph import LINEARS, quantized
 
-                quantize(traced, precision)
+                traced = quantized(traced, LINEARS, precision)
                 onnx.checker.check_model(traced)
             workspace.add_graph(graph, traced)
         spec = workspace.graphs[graph]

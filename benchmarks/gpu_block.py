@@ -30,10 +30,11 @@ from onnx import TensorProto, helper, numpy_helper
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # so that this file also runs as a script
 
 from benchmarks.checkpoints import SPECS, transformer_config
-from benchmarks.int8_block import quantize
 from benchmarks.receipt import write_receipt
 from dynamictrl_edge.bundle.config import TransformerConfig, geometry
 from dynamictrl_edge.bundle.errors import DeviceError, EdgeError
+from dynamictrl_edge.calibration.block_graph import LINEARS, quantized
+from dynamictrl_edge.calibration.grids import INT8
 from dynamictrl_edge.engines.builder import MODULES, EngineJob, build_engine, load_tensorrt
 from dynamictrl_edge.engines.machine import look_at_machine
 from dynamictrl_edge.engines.profiles import Profile, parse_size
@@ -100,7 +101,7 @@ def measure(flavour: Flavour, capability: Capability, arguments: argparse.Namesp
                 seconds = Running(flavour, engine, random_arrays(model, {})).seconds()
                 found[f"gemm_{kind}"]["tops"] = 2 * GEMM**3 / seconds / 1e12
         for kind in gemm:
-            inputs = half if kind == "fp16" else quantize(onnx.ModelProto.FromString(half.SerializeToString()))
+            inputs = half if kind == "fp16" else quantized(half, LINEARS, "int8")
             for place in ("inputs", "constants"):
                 for text in arguments.size:
                     row = one(flavour, built_for, config, inputs, place, text, kind, folder, arguments)
@@ -207,9 +208,9 @@ def random_arrays(model: onnx.ModelProto, axes: Mapping[str, int]) -> Arrays:
         if name.endswith("_weight") and len(shape) == 2:
             values /= np.sqrt(np.float32(shape[0]))
         elif name.endswith("_in_scale"):
-            values = 32 + 0 * values
+            values = 32 * INT8.unit + 0 * values
         elif name.endswith("_out_scale"):  # int8 weights of up to 127 and inputs of about 32
-            values = 1 / (32 * 73 * np.sqrt(np.float32(shape[0]))) + 0 * values
+            values = 1 / (INT8.unit**2 * 32 * 73 * np.sqrt(np.float32(shape[0]))) + 0 * values
         elif name.endswith("norm_weight"):
             values = 1 + 0.1 * values
         made[name] = values.astype(dtype)

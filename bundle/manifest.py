@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, Literal, get_args
 
 import msgspec
 
@@ -11,11 +11,31 @@ from .config import SizeDefaults, TextConfig, TransformerConfig, VaeConfig
 from .errors import BundleError
 from .precision import PRECISIONS
 
-__all__ = ["FORMAT_VERSION", "FileEntry", "GraphSpec", "Manifest", "Port", "inside", "read_manifest", "write_manifest"]
+__all__ = [
+    "BLOCK",
+    "FORMAT_VERSION",
+    "OWN",
+    "SCHEMES",
+    "FileEntry",
+    "GraphSpec",
+    "Manifest",
+    "Port",
+    "Quantization",
+    "Scheme",
+    "graph_kind",
+    "inside",
+    "read_manifest",
+    "write_manifest",
+]
 
 FORMAT_NAME = "dynamictrl-edge-bundle"
 FORMAT_VERSION = 1
 MANIFEST_NAME = "bundle.json"
+BLOCK = "block"
+OWN = "_cpu"  # ends the names of graphs in ONNX Runtime's own operators, which no other runtime has
+
+Scheme = Literal["int8", "fp8", "int8-weights"]
+SCHEMES: tuple[Scheme, ...] = get_args(Scheme)
 
 
 class Port(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -43,8 +63,25 @@ class FileEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     bytes: int
 
 
-class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """Everything that the runtime knows about a bundle before it opens another file of it."""
+class Quantization(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """What `calibrate` made of a bundle.
+
+    scheme: int8, fp8 (weights and activations of linears) or int8-weights (weights alone). blocks: for every block, the
+    graph that runs it. linears: for every graph with quantized linears, their names; a linear that is not there is in the
+    bundle's own precision. weights_only: graphs whose linears have quantized weights, whatever the scheme.
+    """
+
+    scheme: Scheme
+    blocks: tuple[str, ...]
+    linears: dict[str, tuple[str, ...]]
+    weights_only: tuple[str, ...] = ()
+
+
+class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, omit_defaults=True):
+    """Everything that the runtime knows about a bundle before it opens another file of it.
+
+    `precision` is the format of everything that is not quantized.
+    """
 
     format: str
     version: int
@@ -57,10 +94,31 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     files: dict[str, FileEntry]
     provenance: dict[str, str]
     text: TextConfig | None = None
+    quantization: Quantization | None = None
+
+    @property
+    def label(self) -> str:
+        """The precision as people call it: fp32, bf16, fp16, int8, fp8 or int8-weights."""
+        return self.precision if self.quantization is None else self.quantization.scheme
+
+    def quantized_linears(self, graph: str) -> tuple[str, ...]:
+        """Linears of a graph whose weights and activations are both quantized."""
+        found = self.quantization
+        return () if found is None or graph in found.weights_only else found.linears.get(graph, ())
+
+    @property
+    def block_graphs(self) -> tuple[str, ...]:
+        """For every block, the graph that runs it."""
+        return (BLOCK,) * self.transformer.num_layers if self.quantization is None else self.quantization.blocks
 
     @property
     def total_bytes(self) -> int:
         return sum(entry.bytes for entry in self.files.values())
+
+
+def graph_kind(name: str) -> str:
+    """The graph that `name` is a form of: "block" for all mixtures of a quantized bundle, else `name` itself."""
+    return BLOCK if name.startswith(f"{BLOCK}_") else name
 
 
 def inside(root: Path, name: str) -> Path:
@@ -113,7 +171,21 @@ def read_manifest(root: Path) -> Manifest:
         for name in filter(None, (graph.file, graph.weights)):
             if name not in manifest.files:
                 raise BundleError(f"{str(path)!r}: graph {label!r} uses {name!r}, which is not in the list of files.")
+    _check_quantization(path, manifest)
     return manifest
+
+
+def _check_quantization(path: Path, manifest: Manifest) -> None:
+    quantization, layers = manifest.quantization, manifest.transformer.num_layers
+    if quantization is None:
+        return
+    if len(quantization.blocks) != layers:
+        raise BundleError(f"{str(path)!r} names graphs for {len(quantization.blocks)} blocks; the model has {layers}.")
+    for name in quantization.blocks:
+        if name not in manifest.graphs:
+            raise BundleError(
+                f"{str(path)!r}: its quantization uses the graph {name!r}, which is not in the list of graphs."
+            )
 
 
 def write_manifest(root: Path, manifest: Manifest) -> None:

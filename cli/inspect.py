@@ -64,7 +64,7 @@ def _facts(bundle: Path, manifest: Manifest) -> dict[str, Any]:
         groups[group] = groups.get(group, 0) + entry.bytes
     scheduler = SchedulerConfig.from_dict(manifest.scheduler, source=str(bundle / MANIFEST_NAME))
     return {
-        "precision": manifest.precision,
+        "precision": manifest.label,
         "family": "CogVideoX 1.5 style" if config.patch_size_t else "CogVideoX 1.0 style",
         "width": config.width,
         "blocks": config.num_layers,
@@ -91,6 +91,7 @@ def _facts(bundle: Path, manifest: Manifest) -> dict[str, Any]:
             }
             for name, graph in manifest.graphs.items()
         },
+        "block_graphs": {name: manifest.block_graphs.count(name) for name in dict.fromkeys(manifest.block_graphs)},
         "provenance": manifest.provenance,
     }
 
@@ -126,6 +127,11 @@ def _show(bundle: Path, manifest: Manifest, facts: dict[str, Any]) -> None:
     console.print(
         f"Default clip: {defaults['width']}x{defaults['height']}, {defaults['frames']} frames at {defaults['fps']} per second"
     )
+    if manifest.quantization is not None:
+        mixtures = ", ".join(f"{count} by {name}" for name, count in facts["block_graphs"].items())
+        console.print(
+            f"Quantized to {manifest.label}, all else {manifest.precision}; blocks run {mixtures}.", soft_wrap=True
+        )
     table = Table("part", "MB", title="Bytes", title_justify="left")
     for group, count in sorted(facts["bytes"].items(), key=lambda item: -item[1]):
         table.add_row(group, f"{count / 1e6:,.2f}")

@@ -21,6 +21,7 @@ __all__ = ["main"]
 # verb -> (module of this package, one-line help); the module has a click command named `command`
 VERBS = {
     "export": ("export", "Turn a checkpoint into a bundle of ONNX graphs and weights."),
+    "calibrate": ("calibrate", "Turn a bundle into a quantized bundle (int8, fp8)."),
     "build": ("build", "Build TensorRT engines of a bundle, for one or more GPUs."),
     "animate": ("animate", "Animate a photo with a pose clip and a prompt."),
     "inspect": ("inspect", "Show what is in a bundle, and check that it is whole."),

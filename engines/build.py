@@ -46,7 +46,7 @@ from .engine_set import (
 from .machine import LIBRARIES, Machine, platform_name
 from .profiles import Profile, axes_of, buildable_graphs, profile_of
 from .report import read_report
-from .rules import broken_rules, expectation, heads_of
+from .rules import broken_rules, expectation, heads_of, quantized_type
 from .targets import Capability, Flavour, Target, capability_name
 from .worker import Answer
 
@@ -104,7 +104,7 @@ def plan_builds(
         UsageError: a target does not exist in this flavour.
         DeviceError: a target lacks the bundle's precision; TensorRT is asked for another GPU than this machine's.
     """
-    precision = bundle.manifest.precision
+    manifest = bundle.manifest
     groups: dict[tuple[Flavour, Capability | None], list[Target]] = {}
     for target in targets:
         chosen = flavour or target.flavours[0]
@@ -112,7 +112,8 @@ def plan_builds(
             raise UsageError(
                 f"--backend {chosen} does not build for {target.name}. Use --backend {target.flavours[0]}, or leave it out."
             )
-        _check_precision(precision, target, chosen)
+        _check_precision(manifest.precision, target, chosen)
+        _check_quantized(quantized_type(manifest), target)
         one = target.capability if chosen == "tensorrt" else None
         if one is not None:
             _check_at_home(target, machine)
@@ -137,6 +138,15 @@ def _check_precision(precision: str, target: Target, flavour: Flavour) -> None:
     raise DeviceError(
         f"{target.name} ({capability_name(target.capability)}) has no {precision}, which this bundle is made of; it has "
         f"{offered}. Export the checkpoint for it: dynamictrl export CHECKPOINT BUNDLE --precision fp16"
+    )
+
+
+def _check_quantized(dtype: str | None, target: Target) -> None:
+    if dtype is None or dtype in target.types:
+        return
+    raise DeviceError(
+        f"{target.name} ({capability_name(target.capability)}) has no {dtype}, in which this bundle's linears are; it has "
+        f"{', '.join(sorted(target.types))}. Calibrate for it: dynamictrl calibrate BUNDLE OUT --data FOLDER --precision int8"
     )
 
 
@@ -220,7 +230,7 @@ def build_set(
                 format=SET_FORMAT,
                 version=SET_VERSION,
                 key=key,
-                precision=manifest.precision,
+                precision=manifest.label,
                 flavour=plan.flavour,
                 library_version=plan.library_version,
                 platform=plan.platform,
@@ -460,6 +470,8 @@ def _record(
         job.graph,
         cast(Precision, manifest.precision),
         heads=heads_of(manifest, job.graph),
+        quantized_linears=len(manifest.quantized_linears(job.graph)),
+        quantized_type=quantized_type(manifest),
         activation_budget=plan.activation_budget,
     )
     broken = broken_rules(report, wanted)

@@ -130,7 +130,7 @@ def engine_key(
     facts = {
         "format": SET_VERSION,
         "graphs": {name: graph_digest(manifest, name) for name in sorted(graphs)},
-        "precision": manifest.precision,
+        "precision": manifest.label,
         "flavour": flavour,
         "library": library_version,
         "platform": platform,
@@ -139,7 +139,7 @@ def engine_key(
     }
     digest = hashlib.sha256(msgspec.json.encode(facts, order="sorted")).hexdigest()[:16]
     chips = "-".join(f"sm{major}{minor}" for major, minor in sorted(capabilities))
-    return f"{flavour}-{library_version}-{chips}-{manifest.precision}-{digest}"
+    return f"{flavour}-{library_version}-{chips}-{manifest.label}-{digest}"
 
 
 def read_engine_set(folder: Path) -> EngineSet:

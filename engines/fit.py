@@ -41,6 +41,7 @@ from .machine import LEAN, LIBRARIES, OLDEST, Machine, needed_driver, release
 from .mend import ON_PROCESSOR, build_command, name_of, pip_command, target_here
 from .mismatch import Fit, Mismatch, Request
 from .profiles import Profile, buildable_graphs, profile_of
+from .rules import quantized_type
 from .targets import TARGETS, Flavour, capability_name, types_of
 
 __all__ = ["Fit", "Mismatch", "Request", "check_fit", "find_fitting", "same_version"]
@@ -189,6 +190,13 @@ class _Case:
                 f"The bundle is in {precision}; {here} and has {', '.join(offered)}. "
                 f"Export for it: dynamictrl export CHECKPOINT BUNDLE --precision {offered[-1]}",
             )
+        narrow = quantized_type(self.manifest)
+        if narrow is not None and narrow not in types:
+            return Fit(
+                Mismatch.GPU_PRECISION,
+                f"The bundle is quantized to {narrow}; {here} and has {', '.join(sorted(types))}. Calibrate for it: dynamictrl "
+                "calibrate BUNDLE OUT --data FOLDER --precision int8",
+            )
         if engines.platform not in (ANYWHERE, self.machine.platform):
             return Fit(
                 Mismatch.PLATFORM,
@@ -274,10 +282,10 @@ class _Case:
 
     def _graphs(self) -> Fit | None:
         engines, manifest = self.engines, self.manifest
-        if engines.precision != manifest.precision:
+        if engines.precision != manifest.label:
             return Fit(
                 Mismatch.PRECISION,
-                f"The engines compute in {engines.precision}; the bundle is in {manifest.precision}. "
+                f"The engines compute in {engines.precision}; the bundle is in {manifest.label}. "
                 f"Build them for it: {self._rebuild()}",
             )
         needed = buildable_graphs(manifest)

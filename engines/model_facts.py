@@ -101,10 +101,9 @@ def model_facts(
 
 def facts_of(manifest: Manifest, precision: str | None = None) -> ModelFacts:
     """Facts of a bundle, with the sizes of its weight files; or of what it would be in another `precision`."""
-    wanted = precision or manifest.precision
-    base = manifest.precision if manifest.precision in _BASES else _base_of(manifest)
-    facts = model_facts(manifest.transformer, manifest.vae, manifest.text, wanted, base)
-    if wanted != manifest.precision:
+    wanted = precision or manifest.label
+    facts = model_facts(manifest.transformer, manifest.vae, manifest.text, wanted, manifest.precision)
+    if wanted != manifest.label:
         return facts
 
     def largest(prefix: str, otherwise: int) -> int:
@@ -120,14 +119,6 @@ def facts_of(manifest: Manifest, precision: str | None = None) -> ModelFacts:
         encoder=largest("vae_encoder.", facts.encoder),
         decoder=largest("vae_decoder.", facts.decoder),
     )
-
-
-def _base_of(manifest: Manifest) -> str | None:
-    """What a quantized bundle computes in where it is not quantized: the type of a bias says it."""
-    names = {"float": "fp32", "float16": "fp16", "bfloat16": "bf16"}
-    block = manifest.graphs.get("block")
-    ports = block.inputs if block is not None else ()
-    return next((names.get(port.dtype) for port in ports if port.name == "qkv_bias"), None)
 
 
 def _block(config: TransformerConfig, precision: str, element: int) -> int:

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 
 from ..bundle.config import Geometry, geometry
 from ..bundle.errors import BundleError, UsageError
-from ..bundle.manifest import GraphSpec, Manifest
+from ..bundle.manifest import OWN, GraphSpec, Manifest, graph_kind
 from .engine_set import BuildOptions, ClipSize, Extent
 
 __all__ = ["Profile", "Shapes", "axes_of", "buildable_graphs", "default_size", "parse_size", "profile_of"]
@@ -19,13 +19,12 @@ __all__ = ["Profile", "Shapes", "axes_of", "buildable_graphs", "default_size", "
 Shapes = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]  # least, best, most
 Profile = dict[str, Shapes]
 
-_CPU_ONLY = {"block_cpu"}  # holds operators of ONNX Runtime's own
 _USUAL_STEPS = 25
 
 
 def buildable_graphs(manifest: Manifest) -> tuple[str, ...]:
     """The bundle's graphs that become engines, in the manifest's order."""
-    return tuple(name for name in manifest.graphs if name not in _CPU_ONLY)
+    return tuple(name for name in manifest.graphs if not name.endswith(OWN))
 
 
 def parse_size(text: str) -> ClipSize:
@@ -86,7 +85,7 @@ def axes_of(manifest: Manifest, options: BuildOptions) -> dict[str, Extent]:
     by_graph.update({name: _vae_axes(manifest, name, options.tile, made) for name in manifest.graphs if "vae_" in name})
     axes: dict[str, Extent] = {}
     for name in buildable_graphs(manifest):
-        known = by_graph.get(name)
+        known = by_graph.get(graph_kind(name))
         if known is None:
             raise BundleError(
                 f"The bundle has a graph {name!r} that this version does not know. Update dynamictrl-edge."

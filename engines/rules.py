@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ..bundle.errors import UsageError
-from ..bundle.manifest import Manifest
+from ..bundle.manifest import Manifest, graph_kind
 from ..bundle.precision import PRECISIONS, Precision
 from .report import Kernel, LayerReport, Operand
 
-__all__ = ["Expectation", "QuantizedType", "broken_rules", "expectation", "heads_of"]
+__all__ = ["Expectation", "QuantizedType", "broken_rules", "expectation", "heads_of", "quantized_type"]
 
 QuantizedType = Literal["int8", "fp8"]
 
@@ -76,7 +76,7 @@ def expectation(
             f"{quantized_linears} linears of graph {graph!r} are to be quantized, but to which type is not said."
         )
     usual = heads is None or (heads[0] > 1 and heads[1] >= NARROWEST_HEAD)
-    fusible = graph in ATTENTION_GRAPHS and precision != "fp32" and usual
+    fusible = graph_kind(graph) in ATTENTION_GRAPHS and precision != "fp32" and usual
     return Expectation(
         graph=graph,
         types=frozenset({_TYPES[precision], quantized_type or _TYPES[precision]}),
@@ -93,7 +93,13 @@ def heads_of(manifest: Manifest, graph: str) -> tuple[int, int] | None:
     text, transformer = manifest.text, manifest.transformer
     if graph == "text_block":
         return (text.num_heads, text.d_kv) if text else None
-    return (transformer.num_attention_heads, transformer.attention_head_dim) if graph == "block" else None
+    return (transformer.num_attention_heads, transformer.attention_head_dim) if graph_kind(graph) == "block" else None
+
+
+def quantized_type(manifest: Manifest) -> QuantizedType | None:
+    """The type in which a bundle's quantized linears multiply; None where they multiply in the bundle's own precision."""
+    scheme = None if manifest.quantization is None else manifest.quantization.scheme
+    return scheme if scheme in ("int8", "fp8") else None
 
 
 def broken_rules(report: LayerReport, expected: Expectation) -> list[str]:
@@ -194,7 +200,7 @@ def _weights(kernels: Sequence[Kernel], expected: Expectation) -> Iterator[str]:
     copies = [
         (kernel, weight.name)
         for kernel in kernels
-        if expected.graph in ATTENTION_GRAPHS and kernel.product is None
+        if graph_kind(expected.graph) in ATTENTION_GRAPHS and kernel.product is None
         for weight in kernel.inputs
         if weight.name.endswith("_weight") and weight.is_matrix and weight.dtype in _TYPES.values()
         if any(_same_size(weight, output) for output in kernel.outputs)

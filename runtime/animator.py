@@ -30,7 +30,7 @@ from .text import TextStage
 from .tiling import Tiling
 from .vae import VAEDecoder, VAEEncoder, sample_posterior
 
-__all__ = ["Animator", "Clip", "Request", "Run"]
+__all__ = ["Animator", "Clip", "Prepared", "Request", "Run"]
 
 StepCallback = Callable[["Animator", int, int, dict[str, Any]], "dict[str, Any] | None"]
 ProgressCallback = Callable[[str, int, int], None]  # stage, done, total
@@ -75,6 +75,16 @@ class Run:
             yield
         finally:
             self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What the denoising loop of one request starts from; `noise` has drawn everything up to `initial`."""
+
+    run: Run
+    latents: Latents
+    initial: np.ndarray
+    noise: NoiseSource
 
 
 class Animator:
@@ -166,7 +176,17 @@ class Animator:
         **arguments: Any,
     ) -> tuple[Run, Iterator[np.ndarray]]:
         """Checks the request and returns its `Run` with the iterator that does the work and yields frames."""
-        request = Request.of(**arguments)
+        run = self._checked(Request.of(**arguments))
+        return run, self._frames(run, callback_on_step_end, progress or _unheard)
+
+    def prepare(self, *, progress: ProgressCallback | None = None, **arguments: Any) -> Prepared:
+        """Everything before the denoising loop, for callers that run the loop themselves; `Request`'s arguments."""
+        run = self._checked(Request.of(**arguments))
+        self._cancelled.clear()
+        return self._prepared(run, progress or _unheard)
+
+    def _checked(self, request: Request) -> Run:
+        """The request's `Run`; refuses what this bundle or this machine's memory cannot do."""
         manifest = self.bundle.manifest
         size = geometry(
             manifest.transformer,
@@ -195,14 +215,18 @@ class Animator:
             run.notices.append(
                 "The VAE works in tiles to keep within the memory; the clip differs a little from one without."
             )
-        return run, self._frames(run, callback_on_step_end, progress or (lambda stage, done, total: None))
+        return run
 
     def _block_bytes(self) -> int:
+        """Bytes of the largest block."""
         files = self.bundle.manifest.files
-        name = "weights/block_00.safetensors"
-        if name not in files:
-            raise BundleError(f"The bundle {str(self.bundle.root)!r} lists no {name!r}. Export the checkpoint again.")
-        return files[name].bytes
+        names = [f"weights/block_{i:02d}.safetensors" for i in range(self.bundle.manifest.transformer.num_layers)]
+        for name in names:
+            if name not in files:
+                raise BundleError(
+                    f"The bundle {str(self.bundle.root)!r} lists no {name!r}. Export the checkpoint again."
+                )
+        return max(files[name].bytes for name in names)
 
     def _verify(self, progress: ProgressCallback) -> None:
         """Finds a damaged file before the work, not after hours of it.
@@ -217,8 +241,26 @@ class Animator:
             self.bundle.path(name)
 
     def _frames(self, run: Run, callback: StepCallback | None, progress: ProgressCallback) -> Iterator[np.ndarray]:
-        request = run.request
         self._cancelled.clear()
+        prepared = self._prepared(run, progress)
+        with run.timed("denoise"):
+            for step in self._steps(run, prepared.latents, prepared.initial, prepared.noise, progress):
+                if callback is not None:
+                    result = callback(self, step.index, step.timestep, {"latents": step.latents})
+                    replaced = None if result is None else result.get("latents")
+                    if replaced is not None and replaced is not step.latents:
+                        np.copyto(step.latents, replaced)
+            final = step.latents[0, run.geometry.padding_frames :].copy()
+        if not np.isfinite(final).all():
+            raise DeviceError(
+                "The denoising loop ended with values that are not finite. In fp16 this is an overflow: export with "
+                "--precision fp32 (or bf16 on an NVIDIA GPU)."
+            )
+        run.latents = final
+        yield from self._decoded(run, final, progress)
+
+    def _prepared(self, run: Run, progress: ProgressCallback) -> Prepared:
+        request = run.request
         noise = NoiseSource(request.seed)
         with run.timed("media"):
             photo, pose = self._media(run)
@@ -233,21 +275,7 @@ class Animator:
         with run.timed("encode"):
             progress("encode", 0, 1)
             latents, initial = self._latents(run, photo, pose, embeds, noise)
-        with run.timed("denoise"):
-            for step in self._steps(run, latents, initial, noise, progress):
-                if callback is not None:
-                    result = callback(self, step.index, step.timestep, {"latents": step.latents})
-                    replaced = None if result is None else result.get("latents")
-                    if replaced is not None and replaced is not step.latents:
-                        np.copyto(step.latents, replaced)
-            final = step.latents[0, run.geometry.padding_frames :].copy()
-        if not np.isfinite(final).all():
-            raise DeviceError(
-                "The denoising loop ended with values that are not finite. In fp16 this is an overflow: export with "
-                "--precision fp32 (or bf16 on an NVIDIA GPU)."
-            )
-        run.latents = final
-        yield from self._decoded(run, final, progress)
+        return Prepared(run, latents, initial, noise)
 
     def _media(self, run: Run) -> tuple[np.ndarray, np.ndarray]:
         request, size = run.request, run.geometry
@@ -342,6 +370,10 @@ class Animator:
         if not run.plan.tiled:
             return None
         return Tiling.published(vae.sample_height, vae.sample_width, vae.spatial_compression)
+
+
+def _unheard(stage: str, done: int, total: int) -> None:
+    """Progress that nobody asked for."""
 
 
 def to_uint8(pixels: np.ndarray) -> np.ndarray:

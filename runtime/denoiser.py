@@ -1,4 +1,4 @@
-"""The denoising loop: stem, one block graph run over a store of weights, head; everything constant is computed before.
+"""The denoising loop: stem, the block's graph run over a store of weights, head; everything constant is computed before.
 
 Buffers are allocated once per request; inside the loop nothing is, and numpy only draws the noise.
 """
@@ -93,6 +93,7 @@ class Denoiser:
         self._bundle = bundle
         self._blocks = BlockStore(bundle, self.config.num_layers)
         self._shared = bundle.tensors("denoiser")
+        self.block_graphs = bundle.manifest.block_graphs  # the graph that runs each block
         self._tables: tuple[tuple[int, ...], np.ndarray, np.ndarray] | None = None
 
     def modulation(self, schedule: Schedule) -> tuple[np.ndarray, np.ndarray]:
@@ -113,6 +114,10 @@ class Denoiser:
             head = self._backend.graph("head_modulation")(feeds)["table"]
             self._tables = (key, table, head)
         return self._tables[1], self._tables[2]
+
+    def use_tables(self, schedule: Schedule, blocks: np.ndarray, head: np.ndarray) -> None:
+        """Takes these tables, as `modulation` would return them, for this schedule's timesteps."""
+        self._tables = (tuple(int(t) for t in schedule.timesteps), blocks, head)
 
     def forget_schedule(self) -> None:
         """Frees the modulation tables; the next clip computes them anew."""
@@ -206,12 +211,12 @@ class _Loop:
         self._pool = ThreadPoolExecutor(self.lanes - 1, "denoiser") if self.lanes > 1 else None
         self._halves: list[list[Call]] = []
         for h in range(batch):
-            block = backend.graph("block", h % self.lanes, self.lanes)
+            graphs = [backend.graph(name, h % self.lanes, self.lanes) for name in denoiser.block_graphs]
             poses = [np.empty_like(pose) for _ in range(2)]
             half = slice(h, h + 1)
             self._halves.append(
                 [
-                    block.prepare(
+                    graph.prepare(
                         {
                             "video": video[i % 2][half] if i else stem_video,
                             "text": (texts[i % 2] if i else text)[half],
@@ -225,7 +230,7 @@ class _Loop:
                             **self._blocks[i],
                         }
                     )
-                    for i in range(len(self._blocks))
+                    for i, graph in enumerate(graphs)
                 ]
             )
         self._head = backend.graph("head").prepare(

@@ -113,6 +113,8 @@ def loop_bytes(manifest: Manifest, size: Geometry, halves: int, block: int) -> i
     streams = (4 * halves + 3) * size.video_tokens * config.width
     latents = 6 * size.latent_frames * config.latent_channels * size.latent_height * size.latent_width
     widened = 2 * block if manifest.precision == "fp16" else 0  # a float32 copy of the block at hand
+    if manifest.label in ("fp8", "int8-weights"):  # and of its quantized weights
+        widened = max(widened, FLOAT * 12 * config.width**2)
     return FLOAT * (streams + latents) + widened
 
 

@@ -110,6 +110,26 @@ def bundle15(exported: Export) -> Path:
     return exported("cogvideox15-tiny")
 
 
+Quantized = Callable[..., Path]
+
+
+@pytest.fixture(scope="session")
+def quantized(share: Share, exported: Export) -> Quantized:
+    """`quantized(scheme, precision="fp32")`: the 1.5-style golden model, calibrated. Do not write into it: copy it."""
+
+    def bundle(scheme: str, precision: str = "fp32") -> Path:
+        def make(folder: Path) -> None:
+            from dynamictrl_edge.calibration.calibrate import calibrate
+            from tests.calibration_samples import quick, some_samples
+
+            source = exported("cogvideox15-tiny", precision)
+            calibrate(source, folder / "bundle", some_samples(), quick(scheme), threads=1)
+
+        return share(f"quantized-{scheme}-{precision}", make) / "bundle"
+
+    return bundle
+
+
 @pytest.fixture(scope="session")
 def learned_checkpoint(share: Share) -> Path:
     """The golden transformer with the stored positional table, completed with the other components of the 1.0 model."""

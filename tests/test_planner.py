@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from benchmarks.plan_tables import RECEIPT, TEXT, TRANSFORMER, VAE, estimates, full_size_facts
 from dynamictrl_edge.bundle.config import TextConfig, TransformerConfig, VaeConfig
 from dynamictrl_edge.bundle.errors import DeviceError, UsageError
-from dynamictrl_edge.bundle.manifest import Port, read_manifest
+from dynamictrl_edge.bundle.manifest import Port, Quantization, read_manifest
 from dynamictrl_edge.engines.activations import estimate_activation
 from dynamictrl_edge.engines.engine_set import BuildOptions, ClipSize, EngineEntry, EngineSet
 from dynamictrl_edge.engines.model_facts import PRECISIONS
@@ -261,9 +261,8 @@ def test_an_engine_set_is_planned_by_what_it_was_built_for() -> None:
 
 def test_a_quantized_bundle_says_what_it_is_quantized_over() -> None:
     manifest = small_manifest({})
-    ports = (*manifest.graphs["block"].inputs, Port("qkv_bias", "float16", (384,)))
-    block = configured(manifest.graphs["block"], inputs=ports)
-    facts = facts_of(configured(manifest, precision="int8", graphs={"block": block}))
+    quantized = Quantization(scheme="int8", blocks=("block",), linears={"block": ("qkv",)})
+    facts = facts_of(configured(manifest, precision="fp16", quantization=quantized))
     assert (facts.precision, facts.base, facts.stream) == ("int8", "fp16", 4)
     assert facts_of(manifest, "int8").base == "fp32"
 

@@ -9,14 +9,20 @@ from typing import Any
 import numpy as np
 
 from ...bundle.errors import BundleError, DeviceError
-from ...bundle.manifest import GraphSpec
+from ...bundle.manifest import OWN, GraphSpec, Port
 from ...bundle.store import Bundle
 
 __all__ = ["OnnxRuntimeBackend"]
 
-# Graphs that float32 bundles hold in ONNX Runtime's own operators beside the portable form; the interface is the same.
-OWN_GRAPHS = {"block": "block_cpu"}
-NUMPY = {"float": np.float32, "float16": np.float16, "int64": np.int64}
+FP8 = "float8e4m3fn"
+NUMPY: dict[str, type[np.generic]] = {
+    "float": np.float32,
+    "float16": np.float16,
+    "int64": np.int64,
+    "int8": np.int8,
+    FP8: np.uint8,  # numpy has no such type; the bytes are passed on
+}
+ELEMENT_TYPES = {FP8: 17}  # ONNX's number of what the binding cannot know from numpy's type
 
 
 class OnnxRuntimeBackend:
@@ -52,20 +58,32 @@ class OnnxRuntimeBackend:
             self._graphs[key] = self._load(name, max(1, self._threads // lanes))
         return self._graphs[key]
 
-    def _has_own(self, name: str) -> bool:
-        return OWN_GRAPHS.get(name) in self._bundle.manifest.graphs
+    def own_name(self, name: str) -> str:
+        """The graph that is run for `name`: its form in ONNX Runtime's own operators, where the bundle has one (float32
+        bundles have it of the block's graphs; the interface is the same)."""
+        return name + OWN if name + OWN in self._bundle.manifest.graphs else name
 
     def drop(self, *names: str) -> None:
         self._graphs = {key: graph for key, graph in self._graphs.items() if key[0] not in names}
 
     def _load(self, name: str, threads: int) -> OrtGraph:
-        spec, model = self._bundle.graph(OWN_GRAPHS[name] if self._has_own(name) else name)
+        spec, model = self._bundle.graph(self.own_name(name))
+        return self.load(name, spec, model, threads)
+
+    def load(self, name: str, spec: GraphSpec, model: bytes, threads: int | None = None) -> OrtGraph:
+        """A serialized ONNX model as a graph of this bundle; `threads`: None for all. Raises `BundleError`."""
+        threads = threads or self._threads
         options = self._ort.SessionOptions()
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
         options.log_severity_level = 3
-        # Only the block is called often enough for waiting threads to be worth a busy core.
-        options.add_session_config_entry("session.intra_op.allow_spinning", "1" if name == "block" else "0")
+        # Only the block is called often enough for waiting threads to be worth a busy core; those of several block graphs
+        # would wait on each other's cores.
+        spin = set(self._bundle.manifest.block_graphs) == {name}
+        options.add_session_config_entry("session.intra_op.allow_spinning", "1" if spin else "0")
+        if any(port.dtype == FP8 for port in spec.inputs):
+            # Its rewriting of quantized products takes any 8-bit type for an integer, and then refuses its own graph.
+            options.add_session_config_entry("session.disable_quant_qdq", "1")
         if name.startswith("vae_"):
             # The arena keeps what it once had and fragments from chunk to chunk: twice the memory at the same speed.
             options.enable_cpu_mem_arena = options.enable_mem_pattern = False
@@ -88,15 +106,25 @@ class OrtGraph:
 
     def __init__(self, name: str, spec: GraphSpec, session: Any):
         self.name, self.spec, self.session = name, spec, session
-        self._dtypes = {port.name: np.dtype(NUMPY[port.dtype]) for port in (*spec.inputs, *spec.outputs)}
+        ports = (*spec.inputs, *spec.outputs)
+        self._dtypes = {port.name: np.dtype(NUMPY[port.dtype]) for port in ports}
+        self._elements = {port.name: ELEMENT_TYPES.get(port.dtype, NUMPY[port.dtype]) for port in ports}
 
     def __call__(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         try:
-            feeds = {port.name: feeds[port.name] for port in self.spec.inputs}
-            values = self.session.run(None, feeds)
+            values = self.session.run(
+                None, {port.name: self._value(port, feeds[port.name]) for port in self.spec.inputs}
+            )
         except Exception as error:
             raise self._failure(error) from error
         return {port.name: value for port, value in zip(self.spec.outputs, values, strict=True)}
+
+    def _value(self, port: Port, array: np.ndarray) -> Any:
+        if (element := ELEMENT_TYPES.get(port.dtype)) is None:
+            return array
+        from onnxruntime import OrtValue
+
+        return OrtValue.ortvalue_from_numpy_with_onnx_type(array, element)
 
     def prepare(self, arrays: Mapping[str, np.ndarray]) -> OrtCall:
         call = OrtCall(self)
@@ -129,7 +157,7 @@ class OrtCall:
                 f"{name!r} of graph {self._graph.name!r} needs a C-contiguous {dtype} array, not {array.dtype}"
             )
         bind = self._binding.bind_output if name in self._outputs else self._binding.bind_input
-        bind(name, "cpu", 0, dtype.type, list(array.shape), array.ctypes.data)
+        bind(name, "cpu", 0, self._graph._elements[name], list(array.shape), array.ctypes.data)
         self._alive[name] = array
 
     def __call__(self) -> None:

@@ -1,0 +1,283 @@
+"""From a bundle to a quantized bundle that animates: what it holds, how good it is, and what happens on the way."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from dynamictrl_edge.bundle.errors import BundleError, DeviceError, InputError, UsageError
+from dynamictrl_edge.bundle.manifest import read_manifest
+from dynamictrl_edge.bundle.store import Bundle
+from dynamictrl_edge.calibration import calibrate as module
+from dynamictrl_edge.calibration.block_graph import LINEARS
+from dynamictrl_edge.calibration.calibrate import Options, calibrate
+from dynamictrl_edge.calibration.decide import Settings, snr
+from dynamictrl_edge.calibration.observe import Observations
+from dynamictrl_edge.calibration.samples import Sample
+from dynamictrl_edge.runtime import Animator
+from tests.calibration_samples import SIZE, quick, some_samples
+from tests.cli_samples import listing
+from tests.conftest import Export, Quantized
+from tests.engine_samples import edit
+
+
+def latents(bundle: Path, **changes: Any) -> np.ndarray:
+    (sample,) = some_samples(1)
+    request = {**sample.request(2, 3.0), **changes}
+    prepared = Animator.from_bundle(bundle, cache=False, threads=1)
+    return prepared(**request).latents
+
+
+@pytest.mark.parametrize(("scheme", "least"), [("int8", 20.0), ("fp8", 15.0), ("int8-weights", 25.0)])
+def test_a_quantized_bundle_animates_nearly_as_the_source(
+    quantized: Quantized, bundle15: Path, scheme: str, least: float
+) -> None:
+    exact = latents(bundle15)
+    assert snr(exact, latents(quantized(scheme))) > least
+
+
+@pytest.mark.parametrize("scheme", ["int8", "fp8", "int8-weights"])
+def test_it_says_what_it_is_and_is_smaller(quantized: Quantized, bundle15: Path, scheme: str) -> None:
+    source, made = read_manifest(bundle15), read_manifest(quantized(scheme))
+    assert (made.label, made.precision) == (scheme, "fp32")
+    assert made.quantization is not None and set(made.quantization.blocks) == {"block"}
+    assert made.quantization.linears["block"] == LINEARS
+    assert made.quantized_linears("block") == (() if scheme == "int8-weights" else LINEARS)
+    for name in made.files:
+        if name.startswith("weights/block_"):
+            assert made.files[name].bytes < 0.32 * source.files[name].bytes
+    kinds = {info.dtype for info in Bundle(quantized(scheme)).tensors("block_00").infos.values()}
+    assert kinds == {"F32", "F8_E4M3" if scheme == "fp8" else "I8"}
+    Bundle(quantized(scheme)).verify()
+    assert {"calibration/calibration.json", "calibration/ranges.json"} <= set(made.files)
+
+
+def test_decisions_and_sensitivities_are_in_the_bundle(quantized: Quantized, bundle15: Path) -> None:
+    facts = json.loads((quantized("int8") / "calibration/calibration.json").read_text())
+    layers = read_manifest(bundle15).transformer.num_layers
+    assert len(facts["linears"]) == 4 * layers
+    for row in facts["linears"]:
+        assert row["snr"] >= row["plain_snr"] > 10
+        assert min(row["alone_snr_db"]) > min(facts["output_snr_db"])
+    assert facts["denoiser_bytes"]["after"] < facts["denoiser_bytes"]["before"]
+
+
+def test_a_half_precision_bundle_can_be_calibrated(quantized: Quantized, exported: Export) -> None:
+    source, made = exported("cogvideox15-tiny", "fp16"), quantized("int8", "fp16")
+    assert snr(latents(source), latents(made)) > 20
+    assert (read_manifest(made).precision, read_manifest(made).label) == ("fp16", "int8")
+
+
+def test_linears_stay_in_high_precision(quantized: Quantized, bundle15: Path, tmp_path: Path) -> None:
+    worst = json.loads((quantized("int8") / "calibration/calibration.json").read_text())
+    asked = min(worst["output_snr_db"]) + 1
+    made = calibrate(bundle15, tmp_path / "q", some_samples(), quick(min_snr=asked), threads=1)
+    assert made.choice.snr.min() >= asked and 0 < made.choice.count < 4 * len(made.decisions)
+    manifest = read_manifest(tmp_path / "q")
+    assert manifest.quantization is not None
+    for block, graph in enumerate(manifest.quantization.blocks):
+        tensors = Bundle(tmp_path / "q").tensors(f"block_{block:02d}")
+        kinds = {name: tensors.infos[f"{name}_weight"].dtype for name in LINEARS}
+        assert {name for name, kind in kinds.items() if kind == "F32"} == made.choice.kept[block]
+        assert {port.name for port in manifest.graphs[graph].inputs} >= set(tensors)
+    better = snr(latents(bundle15), latents(tmp_path / "q"))
+    assert better > snr(latents(bundle15), latents(quantized("int8"))) - 1
+
+
+def test_the_result_is_the_same_every_time(quantized: Quantized, bundle15: Path, tmp_path: Path) -> None:
+    calibrate(bundle15, tmp_path / "q", some_samples(), quick(), threads=1)
+    first, second = read_manifest(quantized("int8")).files, read_manifest(tmp_path / "q").files
+    weights = [name for name in first if name.startswith(("weights/", "graphs/"))]
+    assert {name: first[name] for name in weights} == {name: second[name] for name in weights}
+
+
+def test_the_source_stays_as_it_is(bundle15: Path, tmp_path: Path) -> None:
+    source = shutil.copytree(bundle15, tmp_path / "source")
+    before = listing(source)
+    calibrate(source, tmp_path / "q", some_samples(1), quick(), threads=1)
+    assert listing(source) == before
+    assert {path.name for path in tmp_path.iterdir()} == {"source", "q"}
+
+
+class Stopping:
+    """Progress that is interrupted in a stage, after so many steps."""
+
+    def __init__(self, stage: str, after: int):
+        self.wanted, self.left, self.now = stage, after, ""
+        self.stages: list[str] = []
+
+    def stage(self, name: str, total: float | None = None) -> None:
+        self.now = name
+        self.stages.append(name)
+
+    def advance(self, amount: float = 1) -> None:
+        if self.now == self.wanted:
+            self.left -= 1
+            if self.left <= 0:
+                raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize(("stage", "after"), [("Observing", 3), ("Choosing scales", 6), ("Writing", 2)])
+def test_an_interrupted_calibration_goes_on(
+    quantized: Quantized, bundle15: Path, tmp_path: Path, stage: str, after: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        calibrate(bundle15, tmp_path / "q", some_samples(), quick(), threads=1, progress=Stopping(stage, after))
+    assert [path.name for path in tmp_path.iterdir()] == [".q.calibration"]
+    work = tmp_path / ".q.calibration"
+    seen = Observations.load(work / "statistics.npz", read_manifest(bundle15).transformer)
+    assert seen is not None and seen.done == (1 if stage == "Observing" else 2)
+    decided = len(list(work.glob("block_*.json")))
+    assert decided == {"Observing": 0, "Choosing scales": 1}.get(stage, read_manifest(bundle15).transformer.num_layers)
+    calibrate(bundle15, tmp_path / "q", some_samples(), quick(), threads=1)
+    assert [path.name for path in tmp_path.iterdir()] == ["q"]
+    first, second = read_manifest(quantized("int8")).files, read_manifest(tmp_path / "q").files
+    assert all(first[name] == second[name] for name in first if name.startswith("weights/block"))
+
+
+def test_other_settings_begin_anew(bundle15: Path, tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        calibrate(bundle15, tmp_path / "q", some_samples(), quick(), threads=1, progress=Stopping("Choosing scales", 1))
+    with pytest.raises(KeyboardInterrupt):
+        calibrate(bundle15, tmp_path / "q", some_samples(), quick("fp8"), threads=1, progress=Stopping("Observing", 1))
+    assert not (tmp_path / ".q.calibration" / "statistics.npz").exists()
+
+
+# Bad input
+
+
+def test_a_quantized_bundle_is_refused(quantized: Quantized, tmp_path: Path) -> None:
+    with pytest.raises(BundleError, match=r"quantized already \(int8\)"):
+        calibrate(quantized("int8"), tmp_path / "q", some_samples(), quick())
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_empty_set_is_refused(bundle15: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="calibration set is empty"):
+        calibrate(bundle15, tmp_path / "q", [], quick())
+
+
+def test_too_few_values_for_the_percentile_are_refused(
+    bundle15: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "PERCENTILES", (0.999999,))
+    with pytest.raises(InputError, match=r"too few for the 99.9999 % percentile: raise --steps"):
+        calibrate(bundle15, tmp_path / "q", some_samples(), quick())
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (Options(min_snr=float("nan")), "--min-snr nan"),
+        (Options(most_high_precision=-1), "--max-high-precision -1"),
+        (Options(settings=Settings(scheme="int3")), "--precision 'int3'"),  # type: ignore[arg-type]
+        (Options(steps=0), "number of steps 0"),
+    ],
+)
+def test_options_that_cannot_work_are_refused(bundle15: Path, tmp_path: Path, options: Options, words: str) -> None:
+    with pytest.raises(UsageError, match=words):
+        calibrate(bundle15, tmp_path / "q", some_samples(), options)
+
+
+def test_the_output_must_be_new_and_elsewhere(bundle15: Path, tmp_path: Path) -> None:
+    source = shutil.copytree(bundle15, tmp_path / "source")
+    with pytest.raises(InputError, match="lies in the source bundle"):
+        calibrate(source, source / "q", some_samples(), quick())
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there" / "file").touch()
+    with pytest.raises(InputError, match="exists already"):
+        calibrate(source, tmp_path / "there", some_samples(), quick())
+    with pytest.raises(InputError, match="does not exist"):
+        calibrate(source, tmp_path / "no" / "q", some_samples(), quick())
+
+
+def damaged(bundle: Path, into: Path, change: Any) -> Path:
+    """A copy whose first block's weights were changed in place, hashes and all."""
+    from tests.bundle_samples import entry_of
+
+    made = shutil.copytree(bundle, into)
+    name = "weights/block_00.safetensors"
+    path = made / name
+    info = Bundle(bundle).tensors("block_00").infos["qkv_weight" if change == "zero" else "out_weight"]
+    data = bytearray(path.read_bytes())
+    values = np.frombuffer(data, np.float32, info.nbytes // 4, info.offset)
+    values[:] = np.nan
+    path.write_bytes(bytes(data))
+    entry = entry_of(bytes(data))
+    edit(made, lambda manifest: manifest["files"].update({name: {"sha256": entry.sha256, "bytes": entry.bytes}}))
+    return made
+
+
+def test_activations_that_are_not_finite_are_named(bundle15: Path, tmp_path: Path) -> None:
+    bad = damaged(bundle15, tmp_path / "bad", "nan")
+    with pytest.raises(
+        InputError, match=r"The input of ff_in in block 0 has values that are not finite, in sample 0 at"
+    ):
+        calibrate(bad, tmp_path / "q", some_samples(), quick(), threads=1)
+
+
+def test_a_full_disk_leaves_nothing_half_written(
+    bundle15: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import errno
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(np, "savez", full)
+    with pytest.raises(InputError, match="the disk is full"):
+        calibrate(bundle15, tmp_path / "q", some_samples(), quick(), threads=1)
+    assert [path.name for path in tmp_path.iterdir()] == [".q.calibration"]
+    assert [path.name for path in (tmp_path / ".q.calibration").iterdir()] == ["key"]
+
+
+def test_samples_of_other_sizes_go_together(bundle15: Path, tmp_path: Path) -> None:
+    first, second = some_samples()
+    wide = Sample(**{**vars(second), "width": SIZE["width"] + 16})
+    calibrate(bundle15, tmp_path / "q", [first, wide], quick(), threads=1)
+    assert read_manifest(tmp_path / "q").label == "int8"
+
+
+def test_without_guidance_one_half_is_seen(bundle15: Path, tmp_path: Path) -> None:
+    made = calibrate(bundle15, tmp_path / "q", some_samples(), quick(guidance=1.0), threads=1)
+    assert made.choice.snr.min() > 20
+
+
+def test_the_report_stands_alone(bundle15: Path, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="the report needs the extra 'calibrate'")
+    calibrate(bundle15, tmp_path / "q", some_samples(1), quick(report=True), threads=1)
+    Bundle(tmp_path / "q").verify()
+    page = (tmp_path / "q" / "calibration" / "report.html").read_text()
+    assert page.count("<svg") == 2 and page.count("data:image/png;base64,") == 12
+    assert "<script" not in page and ' src="http' not in page and "<link" not in page
+    for words in ("Each linear alone", "Ranges over timesteps", "denoiser, blocks", "ff_out", "int8"):
+        assert words in page
+
+
+def test_a_missing_drawing_library_is_named(bundle15: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(DeviceError, match=r"'matplotlib'.*--no-report"):
+        calibrate(bundle15, tmp_path / "q", some_samples(), quick(report=True))
+
+
+def test_a_bf16_bundle_is_observed_through_its_float32_export(
+    exported: Export, bundle10: Path, bundle15: Path, tmp_path: Path
+) -> None:
+    source = exported("cogvideox15-tiny", "bf16")
+    with pytest.raises(DeviceError, match="--observe-with"):
+        calibrate(source, tmp_path / "q", some_samples(), quick(), threads=1)
+    with pytest.raises(BundleError, match="another checkpoint"):
+        calibrate(source, tmp_path / "q", some_samples(), quick(), observe_with=bundle10, threads=1)
+    with pytest.raises(UsageError, match="is bf16; a bundle in fp32 is needed"):
+        calibrate(bundle15, tmp_path / "q", some_samples(), quick(), observe_with=source, threads=1)
+    made = calibrate(source, tmp_path / "q", some_samples(), quick(), observe_with=bundle15, threads=1)
+    assert made.choice.snr.min() > 20
+    manifest = read_manifest(tmp_path / "q")
+    assert (manifest.precision, manifest.label) == ("bf16", "int8") and "block_cpu" not in manifest.graphs
+    kinds = {info.dtype for info in Bundle(tmp_path / "q").tensors("block_00").infos.values()}
+    assert kinds == {"I8", "BF16"}
