@@ -8,7 +8,8 @@ quantize the same linears, all 4 of every block, and see the same calibration cl
 output at every timestep, on the float denoiser's own trajectories; the final latents of whole loops; frames against the float
 model's, and against the truth where it is known. `quantize_static` gets each block as a model of its own with its weights as
 constants, symmetric int8, weights per channel, and is run without ONNX Runtime's integer kernels, which would saturate on
-processors without VNNI. NVIDIA's quantizer is not compared: it is not installed here. Latency is that of the loop on this machine,
+processors without VNNI. NVIDIA's quantizer is not compared: it pins other versions of onnx and
+ONNX Runtime than ours (modelopt 0.47: onnx 1.21, onnxruntime-gpu 1.24). Latency is that of the loop on this machine,
 float and ours in turn. The VAE is judged with its weights rounded to int8 per output channel: what int8 would cost at least.
 """
 

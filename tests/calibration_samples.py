@@ -38,10 +38,10 @@ def some_samples(count: int = 2) -> list[Sample]:
     ]
 
 
-def quick(scheme: str = "int8", **changes: object) -> Options:
+def quick(scheme: str = "int8", *, smooth: bool = False, **changes: object) -> Options:
     """Options of the quickest calibration."""
     values: dict[str, object] = {"steps": 2, "report": False, **changes}
-    return Options(settings=Settings(scheme=scheme), **values)  # type: ignore[arg-type]
+    return Options(settings=Settings(scheme=scheme, smooth=smooth), **values)  # type: ignore[arg-type]
 
 
 def write_set(folder: Path, count: int = 2) -> Path:

@@ -123,7 +123,7 @@ def quantized(share: Share, exported: Export) -> Quantized:
             from tests.calibration_samples import quick, some_samples
 
             source = exported("cogvideox15-tiny", precision)
-            calibrate(source, folder / "bundle", some_samples(), quick(scheme), threads=1)
+            calibrate(source, folder / "bundle", some_samples(), quick(scheme, smooth=True), threads=1)
 
         return share(f"quantized-{scheme}-{precision}", make) / "bundle"
 

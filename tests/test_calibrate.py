@@ -20,7 +20,7 @@ from dynamictrl_edge.calibration.decide import Settings, snr
 from dynamictrl_edge.calibration.observe import Observations
 from dynamictrl_edge.calibration.samples import Sample
 from dynamictrl_edge.runtime import Animator
-from tests.calibration_samples import SIZE, quick, some_samples
+from tests.calibration_samples import SIZE, block_inputs, quick, some_samples
 from tests.cli_samples import listing
 from tests.conftest import Export, Quantized
 from tests.engine_samples import edit
@@ -76,7 +76,7 @@ def test_a_half_precision_bundle_can_be_calibrated(quantized: Quantized, exporte
 def test_linears_stay_in_high_precision(quantized: Quantized, bundle15: Path, tmp_path: Path) -> None:
     worst = json.loads((quantized("int8") / "calibration/calibration.json").read_text())
     asked = min(worst["output_snr_db"]) + 1
-    made = calibrate(bundle15, tmp_path / "q", some_samples(), quick(min_snr=asked), threads=1)
+    made = calibrate(bundle15, tmp_path / "q", some_samples(), quick(min_snr=asked, smooth=True), threads=1)
     assert made.choice.snr.min() >= asked and 0 < made.choice.count < 4 * len(made.decisions)
     manifest = read_manifest(tmp_path / "q")
     assert manifest.quantization is not None
@@ -90,7 +90,7 @@ def test_linears_stay_in_high_precision(quantized: Quantized, bundle15: Path, tm
 
 
 def test_the_result_is_the_same_every_time(quantized: Quantized, bundle15: Path, tmp_path: Path) -> None:
-    calibrate(bundle15, tmp_path / "q", some_samples(), quick(), threads=1)
+    calibrate(bundle15, tmp_path / "q", some_samples(), quick(smooth=True), threads=1)
     first, second = read_manifest(quantized("int8")).files, read_manifest(tmp_path / "q").files
     weights = [name for name in first if name.startswith(("weights/", "graphs/"))]
     assert {name: first[name] for name in weights} == {name: second[name] for name in weights}
@@ -124,17 +124,17 @@ class Stopping:
 
 @pytest.mark.parametrize(("stage", "after"), [("Observing", 3), ("Choosing scales", 6), ("Writing", 2)])
 def test_an_interrupted_calibration_goes_on(
-    quantized: Quantized, bundle15: Path, tmp_path: Path, stage: str, after: int, monkeypatch: pytest.MonkeyPatch
+    quantized: Quantized, bundle15: Path, tmp_path: Path, stage: str, after: int
 ) -> None:
     with pytest.raises(KeyboardInterrupt):
-        calibrate(bundle15, tmp_path / "q", some_samples(), quick(), threads=1, progress=Stopping(stage, after))
+        calibrate(bundle15, tmp_path / "q", some_samples(), quick(smooth=True), threads=1, progress=Stopping(stage, after))
     assert [path.name for path in tmp_path.iterdir()] == [".q.calibration"]
     work = tmp_path / ".q.calibration"
     seen = Observations.load(work / "statistics.npz", read_manifest(bundle15).transformer)
     assert seen is not None and seen.done == (1 if stage == "Observing" else 2)
     decided = len(list(work.glob("block_*.json")))
     assert decided == {"Observing": 0, "Choosing scales": 1}.get(stage, read_manifest(bundle15).transformer.num_layers)
-    calibrate(bundle15, tmp_path / "q", some_samples(), quick(), threads=1)
+    calibrate(bundle15, tmp_path / "q", some_samples(), quick(smooth=True), threads=1)
     assert [path.name for path in tmp_path.iterdir()] == ["q"]
     first, second = read_manifest(quantized("int8")).files, read_manifest(tmp_path / "q").files
     assert all(first[name] == second[name] for name in first if name.startswith("weights/block"))
@@ -281,3 +281,21 @@ def test_a_bf16_bundle_is_observed_through_its_float32_export(
     assert (manifest.precision, manifest.label) == ("bf16", "int8") and "block_cpu" not in manifest.graphs
     kinds = {info.dtype for info in Bundle(tmp_path / "q").tensors("block_00").infos.values()}
     assert kinds == {"I8", "BF16"}
+
+
+def test_every_quantized_linear_runs_an_integer_kernel(quantized: Quantized, tmp_path: Path) -> None:
+    import onnxruntime
+
+    bundle = Bundle(quantized("int8"))
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    options.enable_profiling = True
+    options.profile_file_prefix = str(tmp_path / "profile")
+    model = bundle.graph("block_cpu")[1]
+    session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    arrays = block_inputs(bundle)
+    session.run(None, {port.name: arrays[port.name] for port in session.get_inputs()})
+    events = json.loads(Path(session.end_profiling()).read_text())
+    kernels = [e["args"]["op_name"] for e in events if e["cat"] == "Node" and e["name"].endswith("_kernel_time")]
+    assert kernels.count("MatMulIntegerToFloat") == 4
+    assert not {"MatMul", "Gemm", "DequantizeLinear"} & set(kernels)
