@@ -15,7 +15,7 @@ from ...bundle.store import Bundle
 __all__ = ["OnnxRuntimeBackend"]
 
 # Graphs that float32 bundles hold in ONNX Runtime's own operators beside the portable form; the interface is the same.
-OWN_GRAPHS = {"block": "block_cpu"}
+OWN_GRAPHS = {name: f"{name}_cpu" for name in ("block", "tokens_keep", "tokens_reuse")}
 NUMPY = {"float": np.float32, "float16": np.float16, "int64": np.int64}
 
 
