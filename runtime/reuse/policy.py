@@ -164,7 +164,8 @@ def parse_policy(text: str) -> ReusePolicy | None:
     if name not in POLICIES:
         raise UsageError(f"--reuse {name!r} is not known; use one of {', '.join((OFF, *POLICIES))}.")
     values: dict[str, Any] = {}
-    kinds = {field.name: type(field.default) for field in dataclasses.fields(ReusePolicy) if field.name != "name"}
+    base = POLICIES[name]
+    kinds = {key: type(default) for key, default in base.as_json().items() if key != "name"}
     for change in changes:
         key, equals, value = change.partition("=")
         key = key.strip().replace("-", "_")
@@ -177,4 +178,4 @@ def parse_policy(text: str) -> ReusePolicy | None:
         except ValueError:
             what = "a whole number" if kinds[key] is int else "a number"
             raise UsageError(f"--reuse: {key}={value.strip()!r} is not possible: give {what}.") from None
-    return dataclasses.replace(POLICIES[name], **values)
+    return dataclasses.replace(base, **values)
