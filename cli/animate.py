@@ -78,7 +78,13 @@ class SeedList(click.ParamType):
     show_default=True,
     help="VAE in tiles of the published size.",
 )
-@click.option("--reuse", default="off", show_default=True, help="Reuse between steps. Only 'off' in this version.")
+@click.option(
+    "--reuse",
+    default="off",
+    show_default=True,
+    help="Use parts of earlier steps again, faster and less exact: off, guidance, trunk, trunk-linear, table, adaptive, "
+    "tokens or combined; with settings: trunk,trunk_period=3 (docs/reuse.md).",
+)
 @click.option("--memory", type=float, help="Budget in GB. [default: no limit]")
 @click.option("--backend", type=click.Choice(["auto", "onnxruntime", "tensorrt"]), default="auto", show_default=True)
 @click.option("--threads", type=int, help="Processor cores to use. [default: all]")
@@ -118,9 +124,9 @@ def command(
     With several seeds, one clip is written per seed: clip-seed1.mp4, clip-seed2.mp4, ...
     """
     from ..runtime import Animator
+    from ..runtime.reuse import parse_policy
 
-    if reuse != "off":
-        raise UsageError(f"--reuse {reuse!r} is not known; this version has only --reuse off.")
+    parse_policy(reuse)  # before a bundle is opened
     targets = [(seed, _for_seed(out, seed, seeds), _latents_for_seed(save_latents, seed, seeds)) for seed in seeds]
     for _, video, latents in targets:
         _check_targets(video, latents, inputs=(image, pose, bundle))
@@ -150,6 +156,7 @@ def command(
                 drop_prefix=drop_prefix,
                 re_init_noise=re_init_noise,
                 tiling=tiling,
+                reuse=reuse,
             )
         results.append(result)
         for text in result["notices"]:
@@ -157,6 +164,8 @@ def command(
                 note(f"Note: {text}")
                 told.add(text)
         if not as_json:
+            if result["reuse"] is not None:
+                note(result["reuse"]["summary"])
             total = sum(result["seconds"].values())
             note(f"Wrote {video}: {result['frames']} frames of {result['width']}x{result['height']}, {total:.1f} s.")
     if as_json:
@@ -198,6 +207,7 @@ def make(animator: Any, video: str, latents: Path | None, progress: Progress, **
         "planned_peak_gb": round(run.plan.peak / 1e9, 3),
         "resident_blocks": run.plan.resident_blocks,
         "tiled": run.plan.tiled,
+        "reuse": None if run.reuse is None else run.reuse.as_json(),
         "notices": list(run.notices),
     }
 

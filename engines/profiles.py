@@ -20,6 +20,7 @@ Shapes = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]  # least, best
 Profile = dict[str, Shapes]
 
 _USUAL_STEPS = 25
+_USUAL_ACTIVE = 0.4  # share of the video tokens that is active in a step with token reuse
 
 
 def buildable_graphs(manifest: Manifest) -> tuple[str, ...]:
@@ -73,14 +74,23 @@ def axes_of(manifest: Manifest, options: BuildOptions) -> dict[str, Extent]:
     prompts = Extent(1, 2, 2)
     times = Extent(1, min(_USUAL_STEPS, options.steps), options.steps)
     latents = {"F": frames, "H": rows, "W": columns}
+    # Any number of tokens may be active, and those that are not are kept.
+    active = Extent(1, max(1, round(_USUAL_ACTIVE * tokens.best)), tokens.most)
+    kept = Extent(1, max(1, tokens.best - active.best), tokens.most)
+    block = {"B": halves, "N": tokens, "L": text, "S": _plus(tokens, text.most)}
     by_graph: dict[str, dict[str, Extent]] = {
         "modulation": {"T": times},
         "head_modulation": {"T": times},
         "conditioning": {"B": prompts, "L": text, "N": box, "P": _plus(box, text.most), **latents},
         "stem": {"N": box, **latents},
-        "block": {"B": halves, "N": tokens, "L": text, "S": _plus(tokens, text.most)},
+        "block": block,
         "head": {"B": prompts, "N": box, **latents},  # both halves at once, however the block takes them
         "text_block": {"B": prompts, "S": text},
+        "head_reuse": {"N": box, **latents},
+        **{name: {"N": tokens} for name in ("trunk_keep", "trunk_reuse", "trunk_probe")},
+        **{name: {"N": tokens, "A": active} for name in ("tokens_take", "tokens_put")},
+        "tokens_keep": {**block, "K": kept},
+        "tokens_reuse": {"B": halves, "A": active, "L": text, "Q": _plus(active, text.most), "K": kept},
     }
     by_graph.update({name: _vae_axes(manifest, name, options.tile, made) for name in manifest.graphs if "vae_" in name})
     axes: dict[str, Extent] = {}

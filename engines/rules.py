@@ -18,7 +18,8 @@ __all__ = ["Expectation", "QuantizedType", "broken_rules", "expectation", "heads
 
 QuantizedType = Literal["int8", "fp8"]
 
-ATTENTION_GRAPHS = ("block", "text_block")
+BLOCKS = ("block", "tokens_keep", "tokens_reuse")  # a transformer block, and its forms for token reuse
+ATTENTION_GRAPHS = (*BLOCKS, "text_block")
 NARROWEST_HEAD = 9  # TensorRT-RTX fuses attention whose heads are wider than 8, for every capability
 CONSTANTS_LIMIT = 4_000_000  # bytes that an engine may hold where the bundle gives weights as inputs
 
@@ -55,9 +56,9 @@ def expectation(
 ) -> Expectation:
     """What the engine of a bundle's graph must be.
 
-    Attention must be fused in `block` and `text_block`, but for cases in which the compiler has no fused kernel: float32, and
-    in toy models heads of 8 or less (every capability) and a single head (SM75, SM86). The `vae_*` graphs hold their weights
-    as constants, all others take them as inputs.
+    Attention must be fused in `ATTENTION_GRAPHS`, but for cases in which the compiler has no fused kernel: float32, and in toy
+    models heads of 8 or less (every capability) and a single head (SM75, SM86). The `vae_*` graphs hold their weights as
+    constants, all others take them as inputs.
 
     Args:
         heads: attention heads and the width of one; None: as usual.
@@ -93,7 +94,7 @@ def heads_of(manifest: Manifest, graph: str) -> tuple[int, int] | None:
     text, transformer = manifest.text, manifest.transformer
     if graph == "text_block":
         return (text.num_heads, text.d_kv) if text else None
-    return (transformer.num_attention_heads, transformer.attention_head_dim) if graph_kind(graph) == "block" else None
+    return (transformer.num_attention_heads, transformer.attention_head_dim) if graph_kind(graph) in BLOCKS else None
 
 
 def quantized_type(manifest: Manifest) -> QuantizedType | None:

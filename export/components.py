@@ -14,7 +14,7 @@ from .convert import Converter
 from .recipe import Recipe
 from .text_encoder import EMBEDDING_ALIASES, TextBlock, text_block_signature, text_layer_recipe, text_shared_recipe
 from .trace import Signature, trace
-from .transformer import CPU_BLOCK, graph_modules
+from .transformer import CPU_GRAPHS, graph_modules
 from .transformer_weights import block_recipes, modulation_recipes, shared_recipes
 from .vae import GRAPHS as VAE_GRAPHS
 from .vae import WeightFile, export_vae_graph, vae_tensors
@@ -55,7 +55,7 @@ class Component:
 
 
 def denoiser(config: TransformerConfig, converter: Converter) -> Component:
-    """Six graphs; shared weights, and two files per block: the block's and its modulation's."""
+    """The loop's graphs and those of reuse; shared weights, and two files per block: the block's and its modulation's."""
     plan = [("denoiser", shared_recipes(config))]
     for i in range(config.num_layers):
         plan.append((f"block_{i:02d}", block_recipes(config, i)))
@@ -97,7 +97,7 @@ def vae(config: Mapping[str, Any], converter: Converter) -> Component:
 
 def _traced(name: str, module: nn.Module, signature: Signature) -> AddGraph:
     def add(workspace: Workspace) -> None:
-        device = "cpu" if name == CPU_BLOCK else "meta"
+        device = "cpu" if name in CPU_GRAPHS else "meta"
         workspace.add_graph(name, trace(module, signature, name=name, device=device))
 
     return add

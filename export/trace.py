@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import inspect
 import logging
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import onnx
 import onnx_ir as ir
@@ -89,7 +91,7 @@ def trace(module: torch.nn.Module, signature: Signature, *, name: str, device: s
             dynamo=True,
             opset_version=OPSET,
             optimize=False,  # folding cannot read meta tensors; it runs below
-            dynamic_shapes=(dynamic,) if _takes_varargs(module) else dynamic,
+            dynamic_shapes=_like_parameters(module, dynamic),
             input_names=[n for n, _, _ in signature.inputs],
             output_names=[n for n, _, _ in signature.outputs],
             verbose=False,
@@ -104,11 +106,13 @@ def trace(module: torch.nn.Module, signature: Signature, *, name: str, device: s
     return ir.serde.serialize_model(model)
 
 
-def _takes_varargs(module: torch.nn.Module) -> bool:
-    import inspect
-
+def _like_parameters(module: torch.nn.Module, values: tuple[Any, ...]) -> tuple[Any, ...]:
+    """`values`, one per argument, nested as `forward` takes them: those of `*arguments` are one tuple at the end."""
     parameters = inspect.signature(module.forward).parameters.values()
-    return any(p.kind is inspect.Parameter.VAR_POSITIONAL for p in parameters)
+    if all(p.kind is not inspect.Parameter.VAR_POSITIONAL for p in parameters):
+        return values
+    named = len(parameters) - 1
+    return (*values[:named], values[named:]) if values[named:] else values
 
 
 def _name_axes(model: ir.Model, signature: Signature, name: str) -> None:

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from ..bundle.config import TransformerConfig
 from .trace import Signature
 
-__all__ = ["CPU_BLOCK", "GRAPHS", "ROWS", "Formats", "graph_modules"]
+__all__ = ["CPU_GRAPHS", "GRAPHS", "REUSE_GRAPHS", "ROWS", "Formats", "graph_modules"]
 
 # Rows of a block's modulation table: (scale, shift, gate) of each norm.
 ROWS = ("video_1", "text_1", "pose", "video_2", "text_2")
@@ -194,7 +194,8 @@ class Block(nn.Module):
         ff_in_bias: Tensor,
         ff_out_weight: Tensor,
         ff_out_bias: Tensor,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+        *cache: Tensor,  # of the forms that reuse keys and values
+    ) -> tuple[Tensor, ...]:
         eps, c, r = self.config.norm_eps, self.formats.compute, self.formats.residual
         rows = [modulation[i] for i in range(15)]
         length = text.shape[1]
@@ -206,7 +207,8 @@ class Block(nn.Module):
         q, k, v = qkv.split(self.config.width, dim=-1)
         q = norm(self._heads(q), q_norm_weight, q_norm_bias, 1e-6)  # per head, [B, S, heads, head_dim] float32
         k = norm(self._heads(k), k_norm_weight, k_norm_bias, 1e-6)
-        attended = linear(self._attention(q, k, v, rope_cos, rope_sin), out_weight, out_bias)
+        attended, *kept = self._attention(q, k, v, rope_cos, rope_sin, *cache)
+        attended = linear(attended, out_weight, out_bias)
         text = text.float() + rows[5] * attended[:, :length].float()
         video = video.float() + rows[2] * attended[:, length:].float()
 
@@ -215,27 +217,37 @@ class Block(nn.Module):
         text = text + rows[14] * x[:, :length].float()
         video = video + rows[11] * x[:, length:].float()
         # The next block sees the normed pose times its gate, without a residual.
-        return video.to(r), text.to(r), (posed * rows[8]).to(r)
+        return video.to(r), text.to(r), (posed * rows[8]).to(r), *kept
 
     def _heads(self, x: Tensor) -> Tensor:
         """[B, S, D] -> [B, S, heads, head_dim]"""
         return x.reshape(x.shape[0], x.shape[1], self.config.num_attention_heads, self.config.attention_head_dim)
 
-    def _attention(self, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """Rotary attention: q, k [B, S, heads, head_dim], v [B, S, D] -> [B, S, D]; spelled out, so that compilers fuse it."""
+    def _attention(
+        self, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, *cache: Tensor
+    ) -> tuple[Tensor, ...]:
+        """Rotary attention: q, k [B, S, heads, head_dim], v [B, S, D] -> [B, S, D] and what is kept of keys and values.
+
+        Spelled out, so that compilers fuse it.
+        """
         q, k = self._rotated(q, cos, sin), self._rotated(k, cos, sin)
-        v = self._heads(v).transpose(1, 2)
+        k, v, *kept = self._seen(k, self._heads(v), *cache)
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         probabilities = torch.softmax((q @ k.transpose(2, 3)).float(), dim=-1).to(v.dtype)
         x = (probabilities @ v).transpose(1, 2)
-        return x.reshape(x.shape[0], x.shape[1], self.config.width)
+        return x.reshape(x.shape[0], x.shape[1], self.config.width), *kept
+
+    def _seen(self, k: Tensor, v: Tensor, *cache: Tensor) -> tuple[Tensor, ...]:
+        """The keys and values that are attended to, and what is kept of them; all [B, S, ...]."""
+        return k, v
 
     def _rotated(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """Rotary embedding of two halves, [B, S, heads, head_dim] -> [B, heads, S, head_dim]."""
+        """Rotary embedding of two halves, [B, S, heads, head_dim] -> the same."""
         half = self.config.attention_head_dim // 2
         first, second = x[..., :half], x[..., half:]
         cos, sin = cos[:, None], sin[:, None]
         x = torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
-        return x.to(self.formats.compute).transpose(1, 2)
+        return x.to(self.formats.compute)
 
 
 class CpuBlock(Block):
@@ -245,13 +257,16 @@ class CpuBlock(Block):
     bundle holds this graph beside the portable one.
     """
 
-    def _attention(self, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def _attention(
+        self, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, *cache: Tensor
+    ) -> tuple[Tensor, ...]:
         position = torch.zeros(1, dtype=torch.int64)  # rows of the tables count from the first token
         q, k = (
             _runtime_operator("RotaryEmbedding", (x.reshape(v.shape), position, cos, sin), {}, like=v) for x in (q, k)
         )
+        k, v, *kept = self._seen(k, v, *cache)
         attributes = {"num_heads": self.config.num_attention_heads, "scale": 1.0}
-        return _runtime_operator("MultiHeadAttention", (q, k, v), attributes, like=v)
+        return _runtime_operator("MultiHeadAttention", (q, k, v), attributes, like=q), *kept
 
 
 def _runtime_operator(name: str, inputs: tuple[Tensor, ...], attributes: dict[str, Any], *, like: Tensor) -> Tensor:
@@ -259,6 +274,96 @@ def _runtime_operator(name: str, inputs: tuple[Tensor, ...], attributes: dict[st
     return torch.onnx.ops.symbolic(
         f"com.microsoft::{name}", inputs, attributes, dtype=like.dtype, shape=like.shape, version=1
     )
+
+
+class _Keeps(Block):
+    """A block that also gives the keys (normed and rotated) and values of some of its rows, for `_Reuses`."""
+
+    def _seen(self, k: Tensor, v: Tensor, *cache: Tensor) -> tuple[Tensor, ...]:
+        (rows,) = cache  # [K] int64, rows of [text; video]
+        shape = (k.shape[0], rows.shape[0], self.config.width)
+        return k, v, k.index_select(1, rows).reshape(shape), v.index_select(1, rows).reshape(shape)
+
+
+class _Reuses(Block):
+    """A block for the active video tokens only: the others take part with the keys and values that `_Keeps` gave.
+
+    The inputs are the block's with A active tokens in the place of N. Attention does not ask for the order of keys, so
+    that cached and fresh ones are joined, and nothing is scattered.
+    """
+
+    def _seen(self, k: Tensor, v: Tensor, *cache: Tensor) -> tuple[Tensor, ...]:
+        keys, values = (x.reshape(x.shape[0], x.shape[1], *k.shape[2:]) for x in cache)  # [B, K, D]
+        return torch.cat([keys, k], dim=1), torch.cat([values, v], dim=1)
+
+
+class TokensKeep(_Keeps, Block):
+    """`tokens_keep`"""
+
+
+class CpuTokensKeep(_Keeps, CpuBlock):
+    """`tokens_keep_cpu`"""
+
+
+class TokensReuse(_Reuses, Block):
+    """`tokens_reuse`"""
+
+
+class CpuTokensReuse(_Reuses, CpuBlock):
+    """`tokens_reuse_cpu`"""
+
+
+class TokensTake(nn.Module):
+    """Rows of the active tokens: [1, N, D], [A] -> [1, A, D]."""
+
+    def forward(self, video: Tensor, active: Tensor) -> Tensor:
+        return video.index_select(1, active)
+
+
+class TokensPut(nn.Module):
+    """Rows of the active tokens put back in their places among the others."""
+
+    def forward(self, video: Tensor, rows: Tensor, active: Tensor) -> Tensor:
+        # One batch row at a time comes here; rows along the first axis are scattered with the least memory.
+        return torch.index_put(video[0], (active,), rows[0])[None]
+
+
+class TrunkKeep(nn.Module):
+    """What all blocks together add to the stem's tokens."""
+
+    def __init__(self, formats: Formats):
+        super().__init__()
+        self.formats = formats
+
+    def forward(self, stem: Tensor, video: Tensor) -> Tensor:
+        return (video.float() - stem.float()).to(self.formats.residual)
+
+
+class TrunkReuse(nn.Module):
+    """The stem's tokens plus a weighted sum of two kept residuals; `weights` [2] float32: of the newest, of the one before."""
+
+    def __init__(self, formats: Formats):
+        super().__init__()
+        self.formats = formats
+
+    def forward(self, stem: Tensor, newest: Tensor, before: Tensor, weights: Tensor) -> Tensor:
+        residual = weights[0] * newest.float() + weights[1] * before.float()
+        return (stem.float() + residual).to(self.formats.residual)
+
+
+class TrunkProbe(nn.Module):
+    """How far the first block's modulated input has moved: mean |now - before| over mean |before|, as in TeaCache
+    (arXiv 2411.19108). `modulated` is `before` of the next step."""
+
+    def __init__(self, config: TransformerConfig, formats: Formats):
+        super().__init__()
+        self.config, self.formats = config, formats
+
+    def forward(self, video: Tensor, modulation: Tensor, before: Tensor) -> tuple[Tensor, Tensor]:
+        now = norm(video, modulation[0], modulation[1], self.config.norm_eps)
+        old = before.float()
+        change = (now - old).abs().mean() / old.abs().mean().clamp_min(1e-12)
+        return now.to(self.formats.residual), change.reshape(1)
 
 
 class Head(nn.Module):
@@ -287,21 +392,70 @@ class Head(nn.Module):
         proj_weight: Tensor,
         proj_bias: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
+        weights = (norm_final_weight, norm_final_bias, proj_weight, proj_bias)
+        prediction = self._prediction(video, modulation, latents, *weights)
+        negative, positive = prediction[:1], prediction[-1:]
+        v = negative + coefficients[0] * (positive - negative)
+        return *self._stepped(v, latents, x0_old, noise, coefficients), prediction
+
+    def _prediction(
+        self,
+        video: Tensor,
+        modulation: Tensor,
+        latents: Tensor,
+        norm_final_weight: Tensor,
+        norm_final_bias: Tensor,
+        proj_weight: Tensor,
+        proj_bias: Tensor,
+    ) -> Tensor:
+        """[B, F, C, H, W] float32"""
         eps = self.config.norm_eps
         x = norm(video, norm_final_weight, norm_final_bias, eps)
         x = norm(x, modulation[0], modulation[1], eps)
-        x = linear(x, proj_weight, proj_bias).float()
-        prediction = unpatchify(x, latents, self.config)  # [B, F, C, H, W]
-        guidance, alpha, sigma, sample, c_x0, c_old, c_noise = (coefficients[i] for i in range(7))
-        negative, positive = prediction[:1], prediction[-1:]
-        v = negative + guidance * (positive - negative)
+        return unpatchify(linear(x, proj_weight, proj_bias).float(), latents, self.config)
+
+    def _stepped(
+        self, v: Tensor, latents: Tensor, x0_old: Tensor, noise: Tensor, coefficients: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """(latents after the step, x0)"""
+        alpha, sigma, sample, c_x0, c_old, c_noise = (coefficients[i] for i in range(1, 7))
         x0 = alpha * latents - sigma * v
-        latents = sample * latents + c_x0 * x0 + c_old * x0_old + c_noise * noise
-        return latents, x0, prediction
+        return sample * latents + c_x0 * x0 + c_old * x0_old + c_noise * noise, x0
+
+
+class HeadReuse(Head):
+    """The head where only the conditional half ran: the difference of the halves is that of an earlier prediction.
+
+    With d = kept_pos - kept_neg, v = v_neg + guidance * d and v_neg = v_pos - d give v = v_pos + (guidance - 1) * d;
+    `coefficients[0]` is the factor of d.
+    """
+
+    def forward(  # type: ignore[override]  # one input more, after the data
+        self,
+        video: Tensor,  # [1, N, D]
+        modulation: Tensor,
+        latents: Tensor,
+        x0_old: Tensor,
+        noise: Tensor,
+        coefficients: Tensor,
+        kept: Tensor,  # [2, F, C, H, W] float32: an earlier prediction of both halves
+        norm_final_weight: Tensor,
+        norm_final_bias: Tensor,
+        proj_weight: Tensor,
+        proj_bias: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        weights = (norm_final_weight, norm_final_bias, proj_weight, proj_bias)
+        prediction = self._prediction(video, modulation, latents, *weights)
+        v = prediction + coefficients[0] * (kept[1:] - kept[:1])
+        return *self._stepped(v, latents, x0_old, noise, coefficients), prediction
 
 
 GRAPHS = ("modulation", "head_modulation", "conditioning", "stem", "block", "head")
-CPU_BLOCK = "block_cpu"
+REUSE_GRAPHS = (
+    *("head_reuse", "trunk_keep", "trunk_reuse", "trunk_probe"),
+    *("tokens_keep", "tokens_reuse", "tokens_take", "tokens_put"),
+)
+CPU_GRAPHS = ("block_cpu", "tokens_keep_cpu", "tokens_reuse_cpu")  # in operators that only ONNX Runtime has
 
 
 def graph_modules(config: TransformerConfig, precision: str) -> dict[str, tuple[nn.Module, Signature]]:
@@ -314,6 +468,7 @@ def graph_modules(config: TransformerConfig, precision: str) -> dict[str, tuple[
     f, h, w = 2 * config.time_patch, 3 * config.patch_size, 5 * config.patch_size
     video_tokens = 2 * 3 * 5
     sizes = {"T": 3, "L": 7, "N": video_tokens, "S": 7 + video_tokens, "B": 2, "F": f, "H": h, "W": w}
+    sizes |= {"A": 11, "Q": 7 + 11, "K": video_tokens - 11}
     if config.use_learned_positional_embeddings:
         sizes["P"] = sizes["S"]
 
@@ -333,6 +488,59 @@ def graph_modules(config: TransformerConfig, precision: str) -> dict[str, tuple[
         norm_weights += [weight(f"{name}_linear_weight", e, rows * d), weight(f"{name}_linear_bias", rows * d)]
         norm_weights += [weight(f"{name}_weight", d), weight(f"{name}_bias", d)]
     position = [weight("position", 1, "P", d)] if config.use_learned_positional_embeddings else []
+
+    def block_inputs(tokens: str, rows: str) -> tuple[tuple[str, torch.dtype, tuple[int | str, ...]], ...]:
+        """A block's inputs; the names of the axes of video tokens and of all tokens."""
+        return (
+            ("video", r, ("B", tokens, d)),
+            ("text", r, ("B", "L", d)),
+            ("pose", r, (1, tokens, d)),
+            ("modulation", f32, (15, d)),
+            ("rope_cos", f32, (rows, head // 2)),
+            ("rope_sin", f32, (rows, head // 2)),
+            weight("qkv_weight", d, 3 * d),
+            weight("qkv_bias", 3 * d),
+            *(weight(f"{x}_norm_{y}", head) for x in "qk" for y in ("weight", "bias")),
+            weight("out_weight", d, d),
+            weight("out_bias", d),
+            weight("ff_in_weight", d, 4 * d),
+            weight("ff_in_bias", 4 * d),
+            weight("ff_out_weight", 4 * d, d),
+            weight("ff_out_bias", d),
+        )
+
+    def block_outputs(tokens: str) -> tuple[tuple[str, torch.dtype, tuple[int | str, ...]], ...]:
+        return (
+            ("video_out", r, ("B", tokens, d)),
+            ("text_out", r, ("B", "L", d)),
+            ("pose_out", r, (1, tokens, d)),
+        )
+
+    def head_signature(halves: int | str, *kept: tuple[str, torch.dtype, tuple[int | str, ...]]) -> Signature:
+        return Signature(
+            (
+                ("video", r, (halves, "N", d)),
+                ("modulation", f32, (2, d)),
+                ("latents", f32, latent_shape),
+                ("x0_old", f32, latent_shape),
+                ("noise", f32, latent_shape),
+                ("coefficients", f32, (7,)),
+                *kept,
+                weight("norm_final_weight", d),
+                weight("norm_final_bias", d),
+                weight("proj_weight", d, k),
+                weight("proj_bias", k),
+            ),
+            (
+                ("latents_out", f32, latent_shape),
+                ("x0", f32, latent_shape),
+                ("prediction", f32, (halves, "F", channels, "H", "W")),
+            ),
+            sizes,
+        )
+
+    keys_values = tuple((name, c, ("B", "K", d)) for name in ("keys", "values"))
+    video, active = (1, "N", d), ("active", torch.int64, ("A",))
     signatures = {
         "modulation": Signature((*time, *time_weights, *norm_weights), (("table", f32, ("T", 15, d)),), sizes),
         "head_modulation": Signature(
@@ -371,46 +579,27 @@ def graph_modules(config: TransformerConfig, precision: str) -> dict[str, tuple[
             (("video", r, (1, "N", d)),),
             sizes,
         ),
-        "block": Signature(
-            (
-                ("video", r, ("B", "N", d)),
-                ("text", r, ("B", "L", d)),
-                ("pose", r, (1, "N", d)),
-                ("modulation", f32, (15, d)),
-                ("rope_cos", f32, ("S", head // 2)),
-                ("rope_sin", f32, ("S", head // 2)),
-                weight("qkv_weight", d, 3 * d),
-                weight("qkv_bias", 3 * d),
-                *(weight(f"{x}_norm_{y}", head) for x in "qk" for y in ("weight", "bias")),
-                weight("out_weight", d, d),
-                weight("out_bias", d),
-                weight("ff_in_weight", d, 4 * d),
-                weight("ff_in_bias", 4 * d),
-                weight("ff_out_weight", 4 * d, d),
-                weight("ff_out_bias", d),
-            ),
-            (("video_out", r, ("B", "N", d)), ("text_out", r, ("B", "L", d)), ("pose_out", r, (1, "N", d))),
+        "block": Signature(block_inputs("N", "S"), block_outputs("N"), sizes),
+        "head": head_signature("B"),
+        "head_reuse": head_signature(1, ("kept", f32, (2, "F", channels, "H", "W"))),
+        "trunk_keep": Signature((("stem", r, video), ("video", r, video)), (("residual", r, video),), sizes),
+        "trunk_reuse": Signature(
+            (("stem", r, video), ("newest", r, video), ("before", r, video), ("weights", f32, (2,))),
+            (("video_out", r, video),),
             sizes,
         ),
-        "head": Signature(
-            (
-                ("video", r, ("B", "N", d)),
-                ("modulation", f32, (2, d)),
-                ("latents", f32, latent_shape),
-                ("x0_old", f32, latent_shape),
-                ("noise", f32, latent_shape),
-                ("coefficients", f32, (7,)),
-                weight("norm_final_weight", d),
-                weight("norm_final_bias", d),
-                weight("proj_weight", d, k),
-                weight("proj_bias", k),
-            ),
-            (
-                ("latents_out", f32, latent_shape),
-                ("x0", f32, latent_shape),
-                ("prediction", f32, ("B", "F", channels, "H", "W")),
-            ),
+        "trunk_probe": Signature(
+            (("video", r, video), ("modulation", f32, (15, d)), ("before", r, video)),
+            (("modulated", r, video), ("change", f32, (1,))),
             sizes,
+        ),
+        "tokens_keep": Signature(
+            (*block_inputs("N", "S"), ("rows", torch.int64, ("K",))), (*block_outputs("N"), *keys_values), sizes
+        ),
+        "tokens_reuse": Signature((*block_inputs("A", "Q"), *keys_values), block_outputs("A"), sizes),
+        "tokens_take": Signature((("video", r, video), active), (("video_out", r, (1, "A", d)),), sizes),
+        "tokens_put": Signature(
+            (("video", r, video), ("rows", r, (1, "A", d)), active), (("video_out", r, video),), sizes
         ),
     }
     modules: dict[str, nn.Module] = {
@@ -420,8 +609,18 @@ def graph_modules(config: TransformerConfig, precision: str) -> dict[str, tuple[
         "stem": Stem(config, formats),
         "block": Block(config, formats),
         "head": Head(config, formats),
+        "head_reuse": HeadReuse(config, formats),
+        "trunk_keep": TrunkKeep(formats),
+        "trunk_reuse": TrunkReuse(formats),
+        "trunk_probe": TrunkProbe(config, formats),
+        "tokens_keep": TokensKeep(config, formats),
+        "tokens_reuse": TokensReuse(config, formats),
+        "tokens_take": TokensTake(),
+        "tokens_put": TokensPut(),
     }
-    made = {name: (modules[name], signatures[name]) for name in GRAPHS}
+    made = {name: (modules[name], signatures[name]) for name in (*GRAPHS, *REUSE_GRAPHS)}
     if precision == "fp32":
-        made[CPU_BLOCK] = (CpuBlock(config, formats), signatures["block"])
+        own = (CpuBlock, CpuTokensKeep, CpuTokensReuse)
+        for name, module in zip(CPU_GRAPHS, own, strict=True):
+            made[name] = (module(config, formats), signatures[name.removesuffix("_cpu")])
     return made

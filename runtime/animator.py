@@ -25,7 +25,11 @@ from .memory import MemoryPlan, physical_memory, plan_memory
 from .noise import NoiseSource
 from .reinit import reinitialised
 from .request import Request
-from .scheduler import SchedulerConfig, make_schedule
+from .reuse.fit import check_graphs, plan_with_caches
+from .reuse.loop import Reuse
+from .reuse.report import ReuseReport
+from .reuse.tokens import Touched, drawn_tokens
+from .scheduler import Schedule, SchedulerConfig, make_schedule
 from .text import TextStage
 from .tiling import Tiling
 from .vae import VAEDecoder, VAEEncoder, sample_posterior
@@ -53,6 +57,7 @@ class Clip:
     seed: int
     seconds: dict[str, float]
     notices: tuple[str, ...]
+    reuse: ReuseReport | None = None
 
 
 @dataclass
@@ -67,6 +72,8 @@ class Run:
     notices: list[str] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
     latents: np.ndarray | None = None
+    reuse: ReuseReport | None = None
+    touched: Touched | None = None  # tokens that the pose touches, where the policy asks
 
     @contextmanager
     def timed(self, stage: str) -> Iterator[None]:
@@ -162,7 +169,7 @@ class Animator:
         frames = np.concatenate(list(chunks))
         if run.latents is None:
             raise RuntimeError("the loop ended without latents")
-        return Clip(frames, run.fps, run.latents, run.request.seed, run.seconds, tuple(run.notices))
+        return Clip(frames, run.fps, run.latents, run.request.seed, run.seconds, tuple(run.notices), run.reuse)
 
     def stream(self, **arguments: Any) -> Iterator[np.ndarray]:
         """Like calling the animator, but yields [n, H, W, 3] uint8 chunks while later ones are still being decoded."""
@@ -201,14 +208,24 @@ class Animator:
                 f"Drop at most {size.frames - 1}, or make more with --frames."
             )
         fps = as_rate(request.fps if request.fps is not None else manifest.defaults.fps)
-        plan = plan_memory(
+        guided, policy = request.guided, request.policy
+        if policy is not None:
+            check_graphs(manifest, str(self.bundle.root), policy, guided=guided)
+        plan = plan_with_caches(
+            lambda caches: plan_memory(
+                manifest,
+                size,
+                halves=2 if guided else 1,
+                tiling=request.tiling,
+                budget=self.memory,
+                block=self._block_bytes(),
+                physical=physical_memory(),
+                caches=caches,
+            ),
+            policy,
             manifest,
             size,
-            halves=2 if request.guided else 1,
-            tiling=request.tiling,
-            budget=self.memory,
-            block=self._block_bytes(),
-            physical=physical_memory(),
+            guided=guided,
         )
         run = Run(request, size, fps, size.frames - request.drop_prefix, plan)
         if plan.tiled and request.tiling == "auto":
@@ -291,6 +308,10 @@ class Animator:
             skip_frames=request.skip_frames,
         )
         run.notices += clip.notices
+        if (policy := request.policy) is not None and policy.reuses_tokens:
+            run.touched = drawn_tokens(clip.frames, size, self.bundle.manifest.vae.temporal_compression_ratio)
+            if policy.token_choice == "pose" and not run.touched.any():
+                run.notices.append("Nothing is drawn in the pose clip: the active tokens are spread evenly.")
         return photo_to_tensor(photo), pose_to_tensor(clip.frames)
 
     def _latents(
@@ -328,13 +349,31 @@ class Animator:
             self._denoiser = Denoiser(self.bundle, self.backend)
         self._denoiser.resident_blocks = run.plan.resident_blocks
         self._denoiser.side_by_side = run.plan.budget is None
+        reuse = self._reuse(run, self._denoiser, schedule)
         progress("denoise", 0, len(schedule))
         steps = self._denoiser.denoise(
-            latents, initial, schedule, request.guidance_scale, noise, run.geometry.grid, self._check
+            latents,
+            initial,
+            schedule,
+            request.guidance_scale,
+            noise,
+            run.geometry.grid,
+            self._check,
+            None if reuse is None else reuse.make_loop,
         )
         for step in steps:
             yield step
             progress("denoise", step.index + 1, len(schedule))
+        if reuse is not None:
+            run.reuse = reuse.report(self._denoiser.config, self.bundle.manifest.precision)
+            run.notices += run.reuse.notices()
+
+    def _reuse(self, run: Run, denoiser: Denoiser, schedule: Schedule) -> Reuse | None:
+        policy = run.request.policy
+        if policy is None:
+            return None
+        table, _ = denoiser.modulation(schedule)
+        return Reuse.of(policy, run.geometry, schedule, table, guided=run.request.guided, touched=run.touched)
 
     def _decoded(self, run: Run, final: np.ndarray, progress: ProgressCallback) -> Iterator[np.ndarray]:
         """uint8 frames in chunks, exactly as many as were asked for."""

@@ -22,7 +22,7 @@ from .noise import NoiseSource
 from .rope import rope_table, split_halves, with_text_prefix
 from .scheduler import Schedule
 
-__all__ = ["OFS", "Denoiser", "Latents", "Step"]
+__all__ = ["OFS", "Denoiser", "Latents", "Loop", "MakeLoop", "Step"]
 
 OFS = 2.0  # the value that the published pipeline feeds to 1.5-style models
 MODULATION_ROWS = 15
@@ -145,13 +145,15 @@ class Denoiser:
         noise: NoiseSource,
         grid: tuple[int, int, int],
         check: Callable[[], None] = lambda: None,
+        make_loop: MakeLoop | None = None,
     ) -> Iterator[Step]:
         """Yields one `Step` per timestep; the last one's latents are the result, before division by the scaling factor.
 
         `initial`: [1, F, C, H, W] float32 pure noise. `check` is called between blocks and may raise to cancel.
+        `make_loop`: None for a loop that computes every step in full.
         """
         blocks, head = self.modulation(schedule)
-        with closing(_Loop(self, latents, initial, grid)) as loop:
+        with closing((make_loop or Loop)(self, latents, initial, grid)) as loop:
             for index, (timestep, step) in enumerate(zip(schedule.timesteps, schedule.steps, strict=True)):
                 loop.run_blocks(blocks[index], check)
                 for _ in range(step.draws - 1):
@@ -169,7 +171,7 @@ class Denoiser:
         self._blocks.resident = max(0, min(count, len(self._blocks)))
 
 
-class _Loop:
+class Loop:
     """Buffers and prepared calls of one request."""
 
     def __init__(self, denoiser: Denoiser, latents: Latents, initial: np.ndarray, grid: tuple[int, int, int]):
@@ -190,6 +192,7 @@ class _Loop:
         rows, d = MODULATION_ROWS, config.width
         dtype = pose.dtype
 
+        self._denoiser, self._backend, self._shared = denoiser, backend, shared
         self.latents = initial.astype(np.float32)  # a copy: the loop writes here
         self._next = np.empty_like(self.latents)
         self._x0, self._x0_next = np.zeros_like(self.latents), np.empty_like(self.latents)
@@ -202,6 +205,9 @@ class _Loop:
         stem_video = np.empty((1, tokens, d), dtype)
         video = [np.empty((batch, tokens, d), dtype) for _ in range(2)]
         texts = [np.empty_like(text) for _ in range(2)]
+        self._stem_video, self._video, self._texts = stem_video, video, texts
+        self._text, self._pose, self._rope = text, pose, (cos, sin)
+        self._poses: list[list[np.ndarray]] = []  # of each half
         self._stem = backend.graph("stem").prepare(
             {"latents": self.latents, "image_tokens": conditions["image_tokens"], "video": stem_video, **shared}
         )
@@ -213,6 +219,7 @@ class _Loop:
         for h in range(batch):
             graphs = [backend.graph(name, h % self.lanes, self.lanes) for name in denoiser.block_graphs]
             poses = [np.empty_like(pose) for _ in range(2)]
+            self._poses.append(poses)
             half = slice(h, h + 1)
             self._halves.append(
                 [
@@ -250,22 +257,29 @@ class _Loop:
 
     def run_blocks(self, rows: np.ndarray, check: Callable[[], None]) -> None:
         """Stem and all blocks; `rows` [layers, 15, D]."""
+        self._run_stem(rows)
+        self._run(self._halves, check)
+
+    def _run_stem(self, rows: np.ndarray) -> None:
         np.copyto(self._row, rows)
         self._stem()
-        if self._pool is None:
-            self._take_turns(check)
-        else:
-            self._side_by_side(check)
 
-    def _take_turns(self, check: Callable[[], None]) -> None:
-        for i, calls in enumerate(zip(*self._halves, strict=True)):
+    def _run(self, halves: list[list[Call]], check: Callable[[], None]) -> None:
+        """A call per block of each of these guidance halves."""
+        if self._pool is None or len(halves) == 1:
+            self._take_turns(halves, check)
+        else:
+            self._side_by_side(self._pool, halves, check)
+
+    def _take_turns(self, halves: list[list[Call]], check: Callable[[], None]) -> None:
+        for i, calls in enumerate(zip(*halves, strict=True)):
             check()
             self._blocks.ahead(i)
             for call in calls:
                 call()
             self._blocks.done(i)
 
-    def _side_by_side(self, check: Callable[[], None]) -> None:
+    def _side_by_side(self, pool: ThreadPoolExecutor, halves: list[list[Call]], check: Callable[[], None]) -> None:
         stop = threading.Event()
 
         def run(calls: list[Call]) -> None:
@@ -275,11 +289,9 @@ class _Loop:
                 check()
                 call()
 
-        if self._pool is None:
-            raise RuntimeError("no lanes to run side by side")
-        others = [self._pool.submit(run, calls) for calls in self._halves[1:]]
+        others = [pool.submit(run, calls) for calls in halves[1:]]
         try:
-            run(self._halves[0])
+            run(halves[0])
         except BaseException:
             stop.set()  # an interruption reaches this thread only: the others must not go on into freed buffers
             wait(others)
@@ -294,10 +306,18 @@ class _Loop:
 
     def run_head(self, row: np.ndarray, guidance: float, coefficients: np.ndarray, noise: np.ndarray) -> None:
         """Head, guidance and the scheduler's update; `self.latents` holds the result."""
+        self._run_head(self._head, row, guidance, coefficients, noise)
+
+    def _run_head(
+        self, head: Call, row: np.ndarray, guidance: float, coefficients: np.ndarray, noise: np.ndarray
+    ) -> None:
         np.copyto(self._head_row, row)
         self._coefficients[0] = guidance
         self._coefficients[1:] = coefficients
         np.copyto(self._noise, noise)
-        self._head()
+        head()
         np.copyto(self.latents, self._next)
         np.copyto(self._x0, self._x0_next)
+
+
+MakeLoop = Callable[[Denoiser, Latents, np.ndarray, tuple[int, int, int]], Loop]

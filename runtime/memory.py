@@ -47,13 +47,14 @@ def plan_memory(
     budget: float | None,
     block: int,
     physical: int | None = None,
+    caches: int = 0,
 ) -> MemoryPlan:
     """Decides how many blocks stay resident and whether the VAE works in tiles.
 
     Args:
         halves: 2 under guidance, else 1. budget: GB (1e9 bytes) for the process. None: no limit, as long as the clip needs
             at most `SHARE` of `physical`, the machine's memory in bytes (None: unknown); else that share is the budget.
-        block: bytes of one block's weights.
+        block: bytes of one block's weights. caches: bytes that the loop keeps for reuse between steps.
 
     Raises:
         DeviceError: the clip does not fit; the text gives the smallest budget that works and what else to change.
@@ -62,16 +63,16 @@ def plan_memory(
     fused = "block_cpu" in manifest.graphs
     limit = None if budget is None else int(budget * GB)
     if limit is None and physical is not None:
-        free = _unlimited(manifest, size, halves, tiling == "on", block, fused)
+        free = _unlimited(manifest, size, halves, tiling == "on", block, fused, caches)
         limit = None if free.peak <= SHARE * physical else int(SHARE * physical)
     if limit is None:
-        return _unlimited(manifest, size, halves, tiling == "on", block, fused)
+        return _unlimited(manifest, size, halves, tiling == "on", block, fused, caches)
     place = f"--memory {budget:g}" if budget is not None else f"the {limit / GB:.1f} GB that this machine can spare"
     whole = vae_bytes(manifest.vae, size, size.height, size.width)
     tile = vae_bytes(manifest.vae, size, *_tile(manifest.vae, size))
     tiled = tiling == "on" or (tiling == "auto" and PROCESS + whole > limit)
     decode = tile if tiled else whole
-    loop = loop_bytes(manifest, size, halves, block) + block_activations(manifest.transformer, size, fused)
+    loop = loop_bytes(manifest, size, halves, block) + block_activations(manifest.transformer, size, fused) + caches
     stages = {"text": PROCESS + text_bytes(manifest), "vae": PROCESS + decode, "denoise": PROCESS + loop + 2 * block}
     if (least := max(stages.values())) > limit:
         stage = max(stages, key=lambda name: stages[name])
@@ -92,11 +93,13 @@ def plan_memory(
     return MemoryPlan(limit, stages, resident, tiled)
 
 
-def _unlimited(manifest: Manifest, size: Geometry, halves: int, tiled: bool, block: int, fused: bool) -> MemoryPlan:
+def _unlimited(
+    manifest: Manifest, size: Geometry, halves: int, tiled: bool, block: int, fused: bool, caches: int
+) -> MemoryPlan:
     """Everything stays, and the guidance halves run side by side."""
     area = _tile(manifest.vae, size) if tiled else (size.height, size.width)
     layers = manifest.transformer.num_layers
-    loop = loop_bytes(manifest, size, halves, block)
+    loop = loop_bytes(manifest, size, halves, block) + caches
     loop += halves * block_activations(manifest.transformer, size, fused)
     stages = {
         "text": PROCESS + text_bytes(manifest),

@@ -12,6 +12,7 @@ import numpy as np
 
 from ..bundle.errors import UsageError
 from .media.fit import FITS, Fit
+from .reuse.policy import OFF, ReusePolicy, parse_policy
 
 __all__ = ["ALIASES", "Request", "Source", "Tiling"]
 
@@ -42,6 +43,7 @@ class Request:
     skip_frames: pose frames left out at the start. drop_prefix: made frames left out at the start of the result.
     tiling: VAE in tiles of the published geometry: on, off, or auto (only when the memory plan needs it).
     re_init_noise: start from noise whose low frequencies come from the photo (FreeInit, arXiv 2312.07537).
+    reuse: what denoising steps use again of earlier ones: off, a policy's name with changes, or a `ReusePolicy`.
     """
 
     image: Source
@@ -60,6 +62,7 @@ class Request:
     drop_prefix: int = 0
     tiling: Tiling = "auto"
     re_init_noise: bool = False
+    reuse: str | ReusePolicy = OFF
 
     @classmethod
     def of(cls, **arguments: Any) -> Request:
@@ -104,6 +107,10 @@ class Request:
             if not isinstance(source, (str, os.PathLike, np.ndarray)) and not hasattr(source, "convert"):
                 raise UsageError(f"{name!r} must be a path, a picture or an array, not {type(source).__name__}.")
 
+        if not isinstance(self.reuse, (str, ReusePolicy)):
+            raise UsageError(f"'reuse' must be text or a ReusePolicy, not {type(self.reuse).__name__}.")
+        _ = self.policy  # refuses what is not known
+
     def _whole(self, name: str, flag: str, least: int, most: int) -> None:
         value = getattr(self, name)
         if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or not least <= value <= most:
@@ -113,6 +120,11 @@ class Request:
     def guided(self) -> bool:
         """Whether both guidance halves are computed."""
         return self.guidance_scale > 1.0
+
+    @property
+    def policy(self) -> ReusePolicy | None:
+        """What is reused between steps; None: nothing."""
+        return self.reuse if isinstance(self.reuse, ReusePolicy) else parse_policy(self.reuse)
 
 
 def _finite(value: Any) -> bool:

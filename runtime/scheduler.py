@@ -36,7 +36,15 @@ from numpy.typing import NDArray
 
 from ..bundle.errors import BundleError, EdgeError, UsageError
 
-__all__ = ["Schedule", "SchedulerConfig", "StepCoefficients", "advance", "make_schedule"]
+__all__ = [
+    "Schedule",
+    "SchedulerConfig",
+    "StepCoefficients",
+    "advance",
+    "alphas_cumprod",
+    "half_log_snr",
+    "make_schedule",
+]
 
 # Keys of a diffusers configuration that change nothing for v-prediction with trailing timesteps.
 WITHOUT_EFFECT = frozenset({"clip_sample", "clip_sample_range", "sample_max_value", "steps_offset"})
@@ -224,7 +232,8 @@ def make_schedule(config: SchedulerConfig, num_inference_steps: int) -> Schedule
     return Schedule(config, count, timesteps, tuple(steps))
 
 
-def _half_log_snr(a: float) -> float:
+def half_log_snr(a: float) -> float:
+    """l = ln(a / (1 - a)) / 2 of a cumulative alpha; -infinity where it is 0."""
     return -math.inf if a == 0.0 else 0.5 * (math.log(a) - math.log1p(-a))
 
 
@@ -234,8 +243,8 @@ def _coefficients(here: float, there: float, before: float | None) -> StepCoeffi
     fresh = 1.0 - q  # at least 0: q is exactly 1 where the step goes nowhere, as products commute
     x0, x0_old = math.sqrt(there) * fresh, 0.0
     if before is not None:  # if it is 0, h0 is infinite and the old prediction gets no weight
-        here_l = _half_log_snr(here)
-        ratio = (_half_log_snr(there) - here_l) / (2.0 * (here_l - _half_log_snr(before)))
+        here_l = half_log_snr(here)
+        ratio = (half_log_snr(there) - here_l) / (2.0 * (here_l - half_log_snr(before)))
         x0, x0_old = x0 * (1.0 + ratio), -x0 * ratio
     return StepCoefficients(
         alpha=math.sqrt(here),

@@ -37,10 +37,18 @@ from tests.conftest import Export, Share
 from tests.golden import case, model_dir, relative_rms
 
 MODEL = model_dir("cogvideox10-tiny")
-DENOISER = ("modulation", "head_modulation", "conditioning", "stem", "block", "head")
+REUSE = (
+    *("head_reuse", "trunk_keep", "trunk_reuse", "trunk_probe"),
+    *("tokens_keep", "tokens_reuse", "tokens_take", "tokens_put"),
+)
+DENOISER = ("modulation", "head_modulation", "conditioning", "stem", "block", "head", *REUSE)
 VAE = ("vae_encoder_first", "vae_encoder_next", "vae_decoder_first", "vae_decoder_first_even", "vae_decoder_next")
 GRAPHS = (*DENOISER, "text_block", *VAE)
-CPU_GRAPHS = ("block_cpu",)  # of float32 bundles; in operators that only ONNX Runtime has
+CPU_GRAPHS = (
+    "block_cpu",
+    "tokens_keep_cpu",
+    "tokens_reuse_cpu",
+)  # of float32 bundles; in operators that only ONNX Runtime has
 # Inputs that are data; every other input of the denoiser's graphs and of `text_block` is a weight.
 DATA = {
     "modulation": {"time_sinusoid", "ofs_sinusoid"},
@@ -50,6 +58,14 @@ DATA = {
     "block": {"video", "text", "pose", "modulation", "rope_cos", "rope_sin"},
     "head": {"video", "modulation", "latents", "x0_old", "noise", "coefficients"},
     "text_block": {"hidden", "position_bias"},
+    "head_reuse": {"video", "modulation", "latents", "x0_old", "noise", "coefficients", "kept"},
+    "trunk_keep": {"stem", "video"},
+    "trunk_reuse": {"stem", "newest", "before", "weights"},
+    "trunk_probe": {"video", "modulation", "before"},
+    "tokens_keep": {"video", "text", "pose", "modulation", "rope_cos", "rope_sin", "rows"},
+    "tokens_reuse": {"video", "text", "pose", "modulation", "rope_cos", "rope_sin", "keys", "values"},
+    "tokens_take": {"video", "active"},
+    "tokens_put": {"video", "rows", "active"},
 }
 ONNX_NAME = {"F32": "float", "F16": "float16", "BF16": "bfloat16"}
 STORED = {"fp32": "F32", "fp16": "F16", "bf16": "BF16"}
@@ -566,8 +582,9 @@ def axes(shape: Any) -> tuple[int | str, ...]:
 
 def test_only_float32_bundles_hold_the_cpus_own_graph(bundle10: Path, bundle15_fp16: Path, bundle15_bf16: Path) -> None:
     graphs = read_manifest(bundle10).graphs
-    assert graphs["block_cpu"].inputs == graphs["block"].inputs
-    assert graphs["block_cpu"].outputs == graphs["block"].outputs
+    for name in CPU_GRAPHS:
+        assert graphs[name].inputs == graphs[name.removesuffix("_cpu")].inputs
+        assert graphs[name].outputs == graphs[name.removesuffix("_cpu")].outputs
     for bundle in (bundle15_fp16, bundle15_bf16):
         assert sorted(read_manifest(bundle).graphs) == sorted(GRAPHS)
 

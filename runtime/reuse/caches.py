@@ -1,0 +1,90 @@
+"""The buffers that reuse needs: what is allocated, and how many bytes that is, from the same list."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from ...bundle.config import Geometry, TransformerConfig
+from .policy import ReusePolicy
+from .tokens import active_count
+
+__all__ = ["Buffer", "Widths", "allocate", "cache_bytes", "cache_layout"]
+
+Kind = Literal["stream", "compute", "float", "index"]
+
+
+@dataclass(frozen=True)
+class Widths:
+    """Bytes of a number in the streams between blocks, and in matrix products (so also of keys and values)."""
+
+    stream: int
+    compute: int
+
+    @classmethod
+    def of(cls, precision: str) -> Widths:
+        """fp32, fp16 or bf16, as `export.transformer.Formats` has them."""
+        return cls(stream=2 if precision == "bf16" else 4, compute=4 if precision == "fp32" else 2)
+
+
+@dataclass(frozen=True)
+class Buffer:
+    """An array to allocate."""
+
+    shape: tuple[int, ...]
+    kind: Kind
+
+    def bytes(self, widths: Widths) -> int:
+        width = {"stream": widths.stream, "compute": widths.compute, "float": 4, "index": 8}[self.kind]
+        return width * math.prod(self.shape)
+
+
+def cache_layout(policy: ReusePolicy, config: TransformerConfig, size: Geometry, *, guided: bool) -> dict[str, Buffer]:
+    """Every buffer that a loop with this policy needs beside those of the loop without reuse.
+
+    guided: both guidance halves are computed.
+    """
+    halves = 2 if guided else 1
+    n, d, layers = size.video_tokens, config.width, config.num_layers
+    buffers: dict[str, Buffer] = {}
+    if policy.reuses_guidance and guided:
+        shape = (size.latent_frames, config.latent_channels, size.latent_height, size.latent_width)
+        buffers["conditional"] = Buffer((1, *shape), "float")
+    if policy.reuses_trunk:
+        buffers["residuals"] = Buffer((halves, 1 + policy.trunk_order, 1, n, d), "stream")
+    if policy.adaptive:
+        buffers["modulated"] = Buffer((2, 1, n, d), "stream")
+    if policy.reuses_trunk or policy.reuses_tokens:
+        buffers["composed"] = Buffer((halves, n, d), "stream")
+    if policy.reuses_tokens:
+        active = active_count(policy, n)
+        # Without its half, the unconditional prediction needs no keys.
+        caching = 1 if policy.reuses_guidance else halves
+        for name in ("keys", "values"):
+            buffers[name] = Buffer((caching, layers, 1, n - active, d), "compute")
+        rows = active + config.max_text_seq_length
+        buffers["active_pose"] = Buffer((1, active, d), "stream")
+        buffers["active_stem"] = Buffer((1, active, d), "stream")
+        buffers["active_video"] = Buffer((caching, 2, 1, active, d), "stream")
+        buffers["active_poses"] = Buffer((caching, 2, 1, active, d), "stream")
+        buffers["active_rope"] = Buffer((2, rows, config.attention_head_dim // 2), "float")
+        buffers["active"] = Buffer((active,), "index")
+        buffers["kept"] = Buffer((n - active,), "index")
+    return buffers
+
+
+def cache_bytes(policy: ReusePolicy, config: TransformerConfig, size: Geometry, *, guided: bool, precision: str) -> int:
+    """Bytes of all buffers of `cache_layout`. `precision`: fp32, fp16 or bf16."""
+    widths = Widths.of(precision)
+    layout = cache_layout(policy, config, size, guided=guided)
+    return sum(buffer.bytes(widths) for buffer in layout.values())
+
+
+def allocate(layout: Mapping[str, Buffer], stream: np.dtype, compute: np.dtype) -> dict[str, np.ndarray]:
+    """The buffers as arrays, zeroed (nothing that was never written is ever used, but probes read the first one)."""
+    kinds = {"stream": stream, "compute": compute, "float": np.dtype(np.float32), "index": np.dtype(np.int64)}
+    return {name: np.zeros(buffer.shape, kinds[buffer.kind]) for name, buffer in layout.items()}

@@ -1,0 +1,78 @@
+"""Whether a bundle and a machine's memory allow a policy; what does is named where one does not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+
+from ...bundle.config import Geometry
+from ...bundle.errors import BundleError, DeviceError
+from ...bundle.manifest import Manifest
+from ..memory import MemoryPlan
+from .caches import cache_bytes
+from .policy import OFF, POLICIES, ReusePolicy
+
+__all__ = ["check_graphs", "needed_graphs", "plan_with_caches"]
+
+
+def needed_graphs(policy: ReusePolicy, *, guided: bool) -> tuple[str, ...]:
+    """The graphs that a loop with this policy runs beside those of one without reuse."""
+    names: list[str] = []
+    if policy.reuses_guidance and guided:
+        names.append("head_reuse")
+    if policy.reuses_trunk:
+        names += ["trunk_keep", "trunk_reuse"]
+    if policy.adaptive:
+        names.append("trunk_probe")
+    if policy.reuses_tokens:
+        names += ["tokens_keep", "tokens_reuse", "tokens_take", "tokens_put"]
+    return tuple(names)
+
+
+def check_graphs(
+    manifest: Manifest, root: str, policy: ReusePolicy, *, guided: bool, block_graphs: Collection[str] = ("block",)
+) -> None:
+    """Refuses (`BundleError`) a policy whose graphs the bundle at `root` lacks. `block_graphs`: those that run its blocks."""
+    lacking = [name for name in needed_graphs(policy, guided=guided) if name not in manifest.graphs]
+    if lacking:
+        raise BundleError(
+            f"The bundle {root!r} was exported before --reuse {policy.name} existed: it lacks the graphs "
+            f"{', '.join(lacking)}. Export the checkpoint again with this version, or use --reuse {OFF}."
+        )
+    if policy.reuses_tokens and set(block_graphs) != {"block"}:
+        # The graphs of token steps take a block's weights as they are before quantization.
+        others = [name for name, other in POLICIES.items() if not other.reuses_tokens]
+        raise BundleError(
+            f"The bundle {root!r} is quantized, and --reuse {policy.name} works on bundles that are not. "
+            f"Use one of {', '.join((OFF, *others))}, or the bundle that was quantized."
+        )
+
+
+def plan_with_caches(
+    plan: Callable[[int], MemoryPlan], policy: ReusePolicy | None, manifest: Manifest, size: Geometry, *, guided: bool
+) -> MemoryPlan:
+    """`plan(bytes)` plans a clip's memory with so many bytes of caches, or raises `DeviceError`.
+
+    Raises:
+        DeviceError: the clip does not fit with the policy's caches; the text gives their bytes and the policies that fit.
+    """
+    if policy is None:
+        return plan(0)
+
+    def need(other: ReusePolicy) -> int:
+        return cache_bytes(other, manifest.transformer, size, guided=guided, precision=manifest.precision)
+
+    try:
+        return plan(need(policy))
+    except DeviceError as refused:
+        plan(0)  # if this does not fit either, its own refusal tells more
+        fitting = [f"{OFF} (none)"]
+        for other in POLICIES.values():
+            try:
+                plan(need(other))
+            except DeviceError:
+                continue
+            fitting.append(f"{other.name} ({need(other) / 1e9:.2f} GB)")
+        raise DeviceError(
+            f"The caches of --reuse {policy.name} need {need(policy) / 1e9:.2f} GB beside the clip. {refused} "
+            f"With --reuse, these fit: {', '.join(fitting)}."
+        ) from None

@@ -1,0 +1,350 @@
+"""The denoising loop with reuse between steps: what a step's plan says becomes rows of prepared calls.
+
+Calls are prepared when they are first needed, over buffers that are allocated before the loop. A step that runs one guidance
+half gives it all cores. Nothing is read back from the device, except one number per step by adaptive policies.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from ...bundle.config import Geometry, TransformerConfig
+from ..backends.base import Call
+from ..denoiser import Denoiser, Latents, Loop
+from ..scheduler import Schedule
+from .caches import allocate, cache_bytes, cache_layout
+from .guidance import KeptDifference
+from .plan import Decider, Plan, StepPlan, flop_fraction, make_plan, table_changes
+from .policy import ReusePolicy
+from .report import ReuseReport
+from .tokens import Tokens, Touched, choose_tokens
+from .trunk import TrunkState, step_times
+
+__all__ = ["Reuse", "ReuseLoop"]
+
+BOTH, CONDITIONAL = "both", "conditional"
+
+
+@dataclass(frozen=True)
+class Reuse:
+    """What a loop with reuse is made from.
+
+    plan: None for adaptive policies, which are decided during the loop. times: of every step (`trunk.step_times`).
+    active: the active tokens, rising; None where the policy reuses none. guided: both guidance halves are computed.
+    done: filled with what every step did.
+    """
+
+    policy: ReusePolicy
+    size: Geometry
+    times: list[float]
+    plan: Plan | None
+    active: Tokens | None
+    guided: bool
+    done: list[StepPlan] = field(default_factory=list)
+
+    @classmethod
+    def of(
+        cls,
+        policy: ReusePolicy,
+        size: Geometry,
+        schedule: Schedule,
+        table: np.ndarray,
+        *,
+        guided: bool,
+        touched: Touched | None = None,
+    ) -> Reuse:
+        """Plans a loop.
+
+        table: modulation of all blocks for the schedule, [T, layers, rows, D]. touched: the tokens that the pose touches
+        (`tokens.drawn_tokens`), needed where tokens are reused.
+        """
+        plan = None
+        if not policy.adaptive:
+            plan = make_plan(policy, len(schedule), guided=guided, changes=table_changes(table))
+        active = None
+        if policy.reuses_tokens:
+            if touched is None:
+                raise ValueError("token reuse needs the tokens that the pose touches")
+            active = choose_tokens(policy, touched)
+        return cls(policy, size, step_times(schedule), plan, active, guided)
+
+    def report(self, config: TransformerConfig, precision: str) -> ReuseReport:
+        """What the loop did, once it has ended."""
+        tokens = self.size.video_tokens
+        active = tokens if self.active is None else len(self.active)
+        return ReuseReport(
+            plan=Plan(self.policy, tuple(self.done)),
+            cache_bytes=cache_bytes(self.policy, config, self.size, guided=self.guided, precision=precision),
+            flop_fraction=flop_fraction(self.done, config, tokens, active, 2 if self.guided else 1),
+            active_tokens=active,
+            tokens=tokens,
+        )
+
+    def make_loop(
+        self, denoiser: Denoiser, latents: Latents, initial: np.ndarray, grid: tuple[int, int, int]
+    ) -> ReuseLoop:
+        return ReuseLoop(self, denoiser, latents, initial, grid)
+
+
+class ReuseLoop(Loop):
+    """A loop whose steps follow a plan; every kind of step runs on the same weights."""
+
+    def __init__(
+        self, reuse: Reuse, denoiser: Denoiser, latents: Latents, initial: np.ndarray, grid: tuple[int, int, int]
+    ):
+        super().__init__(denoiser, latents, initial, grid)
+        self._reuse, policy = reuse, reuse.policy
+        self._halves_count = len(self._halves)
+        guided = self._halves_count == 2
+        layout = cache_layout(policy, denoiser.config, reuse.size, guided=guided)
+        self._buffers = allocate(layout, self._pose.dtype, self._shared["proj_weight"].dtype)
+        self._weights = np.zeros((self._halves_count, 2), np.float32)
+        self._change = np.zeros(1, np.float32)
+        self._rows: dict[tuple[str, str], list[list[Call]]] = {}
+        self._calls: dict[tuple[object, ...], Call] = {}
+        self._difference = KeptDifference(policy.guidance_decay)
+        self._trunks = [TrunkState(of_half) for of_half in self._buffers.get("residuals", ())]
+        self._decider = Decider(policy, len(reuse.times), guided=guided)
+        self._both_prediction = self.prediction
+        self._final = self._video[len(self._blocks) % 2]  # [B, N, D]: what the last block writes
+        if reuse.active is not None:
+            self._place_tokens(reuse.active)
+
+    def _place_tokens(self, active: Tokens) -> None:
+        """Everything of the active tokens that is the same in all steps."""
+        buffers, text = self._buffers, self._text.shape[1]
+        np.copyto(buffers["active"], active)
+        others = np.setdiff1d(np.arange(self._pose.shape[1]), active)
+        np.copyto(buffers["kept"], others + text)
+        np.take(self._pose, active, axis=1, out=buffers["active_pose"])
+        rows = np.concatenate([np.arange(text), active + text])
+        for table, taken in zip(self._rope, buffers["active_rope"], strict=True):
+            np.take(table, rows, axis=0, out=taken)
+
+    # One step
+
+    def run_blocks(self, rows: np.ndarray, check: Callable[[], None]) -> None:
+        """Stem, and as much of the blocks as this step's plan says; `rows` [layers, 15, D]."""
+        self._run_stem(rows)
+        step = self._next_step()
+        self._reuse.done.append(step)
+        time = self._reuse.times[len(self._reuse.done) - 1]
+        halves = self._computed(step)
+        if step.trunk == "reused":
+            for h in halves:
+                self._weights[h] = self._trunks[h].weights(time)
+                self._trunk_reuse(h)()
+            return
+        if step.trunk == "tokens":
+            self._tokens_take()()
+            self._run(self._block_rows("tokens_reuse", step.both), check)
+            for h in halves:
+                self._tokens_put(h)()
+        elif step.full and not step.keep:
+            self._run(self._halves, check)
+        else:
+            self._run(self._block_rows("tokens_keep" if step.keep else "block", step.both), check)
+        for h in halves if self._trunks else ():
+            self._trunk_keep(h, composed=step.trunk == "tokens", into=self._trunks[h].keep(time))()
+
+    def run_head(self, row: np.ndarray, guidance: float, coefficients: np.ndarray, noise: np.ndarray) -> None:
+        """Head, guidance and the scheduler's update; `self.latents` holds the result."""
+        step = self._reuse.done[-1]
+        composed = step.trunk != "full"
+        if step.both:
+            self._difference.refreshed()
+            self.prediction = self._both_prediction
+            head = self._head_on(composed) if composed else self._head
+        else:
+            guidance = self._difference.factor(guidance)
+            self.prediction = self._buffers["conditional"]
+            head = self._head_reuse(composed)
+        self._run_head(head, row, guidance, coefficients, noise)
+
+    def _next_step(self) -> StepPlan:
+        plan = self._reuse.plan
+        if plan is not None:
+            return plan.steps[len(self._reuse.done)]
+        number = len(self._reuse.done)
+        self._trunk_probe(number % 2)()
+        return self._decider.next(float(self._change[0]) if number else np.inf)
+
+    def _computed(self, step: StepPlan) -> range:
+        """The guidance halves that this step computes; the last is the conditional one."""
+        return range(self._halves_count) if step.both else range(self._halves_count - 1, self._halves_count)
+
+    # Calls
+
+    def _call(self, graph: str, key: tuple[object, ...], arrays: Callable[[], Mapping[str, np.ndarray]]) -> Call:
+        name = (graph, *key)
+        if name not in self._calls:
+            self._calls[name] = self._backend.graph(graph).prepare(arrays())
+        return self._calls[name]
+
+    def _half(self, h: int) -> slice:
+        return slice(h, h + 1)
+
+    def _source(self, composed: bool) -> np.ndarray:
+        """[B, N, D]: where this step's tokens are: as the last block wrote them, or put together from kept ones."""
+        return self._buffers["composed"] if composed else self._final
+
+    def _trunk_keep(self, h: int, *, composed: bool, into: np.ndarray) -> Call:
+        return self._call(
+            "trunk_keep",
+            (h, composed, into.ctypes.data),
+            lambda: {"stem": self._stem_video, "video": self._source(composed)[self._half(h)], "residual": into},
+        )
+
+    def _trunk_reuse(self, h: int) -> Call:
+        state = self._trunks[h]
+        return self._call(
+            "trunk_reuse",
+            (h, state.newest.ctypes.data, state.before.ctypes.data),
+            lambda: {
+                "stem": self._stem_video,
+                "newest": state.newest,
+                "before": state.before,
+                "weights": self._weights[h],
+                "video_out": self._buffers["composed"][self._half(h)],
+            },
+        )
+
+    def _trunk_probe(self, turn: int) -> Call:
+        modulated = self._buffers["modulated"]
+        return self._call(
+            "trunk_probe",
+            (turn,),
+            lambda: {
+                "video": self._stem_video,
+                "modulation": self._row[0],
+                "before": modulated[turn],
+                "modulated": modulated[1 - turn],
+                "change": self._change,
+            },
+        )
+
+    def _tokens_take(self) -> Call:
+        return self._call(
+            "tokens_take",
+            (),
+            lambda: {
+                "video": self._stem_video,
+                "active": self._buffers["active"],
+                "video_out": self._buffers["active_stem"],
+            },
+        )
+
+    def _tokens_put(self, h: int) -> Call:
+        return self._call(
+            "tokens_put",
+            (h,),
+            lambda: {
+                "video": self._final[self._half(h)],
+                "rows": self._buffers["active_video"][self._caching(h), len(self._blocks) % 2],
+                "active": self._buffers["active"],
+                "video_out": self._buffers["composed"][self._half(h)],
+            },
+        )
+
+    def _head_arrays(self) -> dict[str, np.ndarray]:
+        return {
+            "modulation": self._head_row,
+            "latents": self.latents,
+            "x0_old": self._x0,
+            "noise": self._noise,
+            "coefficients": self._coefficients,
+            "latents_out": self._next,
+            "x0": self._x0_next,
+            **self._shared,
+        }
+
+    def _head_on(self, composed: bool) -> Call:
+        return self._call(
+            "head",
+            (composed,),
+            lambda: {**self._head_arrays(), "video": self._source(composed), "prediction": self._both_prediction},
+        )
+
+    def _head_reuse(self, composed: bool) -> Call:
+        return self._call(
+            "head_reuse",
+            (composed,),
+            lambda: {
+                **self._head_arrays(),
+                "video": self._source(composed)[self._half(self._halves_count - 1)],
+                "kept": self._both_prediction,
+                "prediction": self._buffers["conditional"],
+            },
+        )
+
+    # Rows of calls, one per block
+
+    def _caching(self, h: int) -> int:
+        """The place of half `h` among those that keep keys and values."""
+        return h - (self._halves_count - len(self._buffers["keys"]))
+
+    def _block_rows(self, graph: str, both: bool) -> list[list[Call]]:
+        """Calls of `graph` for every block, of both halves or of the conditional one.
+
+        Keys are kept for the conditional half alone where token steps run without the other; that one runs `block` then.
+        """
+        key = (graph, BOTH if both else CONDITIONAL)
+        if key not in self._rows:
+            halves = range(self._halves_count) if both else range(self._halves_count - 1, self._halves_count)
+            lanes = self.lanes if len(halves) > 1 else 1
+            self._rows[key] = [self._row_of(graph, h, h % lanes, lanes) for h in halves]
+        return self._rows[key]
+
+    def _row_of(self, graph: str, h: int, lane: int, lanes: int) -> list[Call]:
+        if graph == "tokens_keep" and self._caching(h) < 0:
+            graph = "block"
+        names = self._denoiser.block_graphs if graph == "block" else (graph,) * len(self._blocks)
+        graphs = [self._backend.graph(name, lane, lanes) for name in names]
+        arrays = self._active_arrays if graph == "tokens_reuse" else self._all_arrays
+        return [
+            prepared.prepare({**arrays(h, i), **self._cache_arrays(graph, h, i), **self._blocks[i]})
+            for i, prepared in enumerate(graphs)
+        ]
+
+    def _all_arrays(self, h: int, i: int) -> dict[str, np.ndarray]:
+        half, poses = self._half(h), self._poses[h]
+        return {
+            "video": self._video[i % 2][half] if i else self._stem_video,
+            "pose": poses[i % 2] if i else self._pose,
+            "rope_cos": self._rope[0],
+            "rope_sin": self._rope[1],
+            "video_out": self._video[(i + 1) % 2][half],
+            "pose_out": poses[(i + 1) % 2],
+            **self._text_arrays(h, i),
+        }
+
+    def _active_arrays(self, h: int, i: int) -> dict[str, np.ndarray]:
+        buffers, place = self._buffers, self._caching(h)
+        video, poses = buffers["active_video"][place], buffers["active_poses"][place]
+        return {
+            "video": video[i % 2] if i else buffers["active_stem"],
+            "pose": poses[i % 2] if i else buffers["active_pose"],
+            "rope_cos": buffers["active_rope"][0],
+            "rope_sin": buffers["active_rope"][1],
+            "video_out": video[(i + 1) % 2],
+            "pose_out": poses[(i + 1) % 2],
+            **self._text_arrays(h, i),
+        }
+
+    def _text_arrays(self, h: int, i: int) -> dict[str, np.ndarray]:
+        half = self._half(h)
+        return {
+            "text": (self._texts[i % 2] if i else self._text)[half],
+            "modulation": self._row[i],
+            "text_out": self._texts[(i + 1) % 2][half],
+        }
+
+    def _cache_arrays(self, graph: str, h: int, i: int) -> dict[str, np.ndarray]:
+        if graph == "block":
+            return {}
+        place = self._caching(h)
+        arrays = {name: self._buffers[name][place, i] for name in ("keys", "values")}
+        return {**arrays, "rows": self._buffers["kept"]} if graph == "tokens_keep" else arrays

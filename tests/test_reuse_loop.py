@@ -1,0 +1,309 @@
+"""The loop with reuse, on the golden models: what reuses nothing equals the full loop, the rest equals a plain reference."""
+
+from __future__ import annotations
+
+import math
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from dynamictrl_edge.bundle.config import Geometry
+from dynamictrl_edge.bundle.store import Bundle
+from dynamictrl_edge.runtime.backends.onnxruntime import OnnxRuntimeBackend
+from dynamictrl_edge.runtime.denoiser import Denoiser, Latents
+from dynamictrl_edge.runtime.noise import NoiseSource
+from dynamictrl_edge.runtime.reuse.loop import Reuse
+from dynamictrl_edge.runtime.reuse.policy import ReusePolicy, parse_policy
+from dynamictrl_edge.runtime.scheduler import Schedule, SchedulerConfig, advance, make_schedule
+from tests.conftest import Export
+from tests.golden import max_abs
+
+MODELS = ("cogvideox10-tiny", "cogvideox15-tiny", "learned")
+GUIDANCE = 3.0
+Arrays = dict[str, np.ndarray]
+
+
+class Model:
+    """A golden model with latents of its own making."""
+
+    def __init__(self, root: Path):
+        self.bundle = Bundle(root)
+        self.backend = OnnxRuntimeBackend(self.bundle)
+        self.denoiser = Denoiser(self.bundle, self.backend)
+        self.config = config = self.bundle.manifest.transformer
+        stored = config.use_learned_positional_embeddings
+        frames, height, width = (3, config.sample_height, config.sample_width) if stored else (4, 8, 12)
+        grid = config.token_grid(frames, height, width)
+        self.size = Geometry(
+            height=8 * height, width=8 * width, frames=4 * frames - 3, latent_frames=frames, latent_height=height,
+            latent_width=width, padding_frames=0, pose_frames=4 * frames - 3, grid=grid,
+        )  # fmt: skip
+        random = np.random.default_rng(3)
+        shape = (1, frames, config.latent_channels, height, width)
+        embeds = (2, config.max_text_seq_length, config.text_embed_dim)
+        self.initial, image, pose = (random.standard_normal(shape).astype(np.float32) for _ in range(3))
+        self.latents = Latents(random.standard_normal(embeds).astype(np.float32), image, pose)
+        self.touched = random.random(grid) > 0.8
+
+    def schedule(self, steps: int) -> Schedule:
+        return make_schedule(SchedulerConfig.from_dict(self.bundle.manifest.scheduler), steps)
+
+    def of_halves(self, guided: bool) -> Latents:
+        latents = self.latents
+        return latents if guided else Latents(latents.prompt_embeds[1:], latents.image, latents.pose)
+
+    def run(self, policy: ReusePolicy | None, steps: int, *, guided: bool = True) -> tuple[list[np.ndarray], list[str]]:
+        """Latents after every step, and the kinds of the steps."""
+        schedule = self.schedule(steps)
+        reuse = None
+        if policy is not None:
+            table, _ = self.denoiser.modulation(schedule)
+            reuse = Reuse.of(policy, self.size, schedule, table, guided=guided, touched=self.touched)
+        loop = self.denoiser.denoise(
+            self.of_halves(guided),
+            self.initial,
+            schedule,
+            GUIDANCE if guided else 1.0,
+            NoiseSource(5),
+            self.size.grid,
+            make_loop=None if reuse is None else reuse.make_loop,
+        )
+        latents = [step.latents.copy() for step in loop]
+        return latents, [] if reuse is None else [step.kind for step in reuse.done]
+
+
+@pytest.fixture(scope="session")
+def model(exported: Export) -> Any:
+    """`model(name)`"""
+    return cache(lambda name: Model(exported(name, denoiser_only=True)))
+
+
+def policy_of(text: str) -> ReusePolicy:
+    policy = parse_policy(text)
+    assert policy is not None
+    return policy
+
+
+# --- what reuses nothing
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("guided", [True, False])
+def test_periods_of_one_are_the_full_loop_bit_by_bit(name: str, guided: bool, model: Any) -> None:
+    full, _ = model(name).run(None, 5, guided=guided)
+    for text in ("guidance,guidance_period=1", "trunk,trunk_period=1", "tokens,token_period=1"):
+        got, kinds = model(name).run(policy_of(text), 5, guided=guided)
+        assert kinds == ["full"] * 5
+        assert all(np.array_equal(a, b) for a, b in zip(got, full, strict=True))
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("guided", [True, False])
+def test_token_reuse_with_all_tokens_active_equals_the_full_loop(name: str, guided: bool, model: Any) -> None:
+    full, _ = model(name).run(None, 8, guided=guided)
+    got, kinds = model(name).run(policy_of("tokens,warmup=1,final=0,token_share=1"), 8, guided=guided)
+    assert kinds == ["full", "tokens", "tokens", "tokens"] * 2
+    assert max(max_abs(a, b) for a, b in zip(got, full, strict=True)) < 1e-4
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_an_adaptive_policy_that_tolerates_nothing_equals_the_full_loop(name: str, model: Any) -> None:
+    full, _ = model(name).run(None, 5)
+    got, kinds = model(name).run(policy_of("adaptive,trunk_threshold=1e-9"), 5)
+    assert kinds == ["full"] * 5
+    assert all(np.array_equal(a, b) for a, b in zip(got, full, strict=True))
+    _, kinds = model(name).run(policy_of("adaptive,trunk_threshold=99,warmup=1,final=1,longest_run=2"), 8)
+    assert kinds == ["full", "trunk", "trunk", "full", "trunk", "trunk", "full", "full"]
+
+
+# --- what does, held against a loop that keeps everything and is written without it
+
+
+def reference(model: Model, policy: ReusePolicy, steps: int, guided: bool) -> list[np.ndarray]:
+    """The latents after every step; buffers are new arrays, halves run one after the other, the update is numpy's."""
+    schedule = model.schedule(steps)
+    table, heads = model.denoiser.modulation(schedule)
+    reuse = Reuse.of(policy, model.size, schedule, table, guided=guided, touched=model.touched)
+    assert reuse.plan is not None
+    graph, shared, latents = model.backend.graph, dict(model.bundle.tensors("denoiser")), model.of_halves(guided)
+    conditions = graph("conditioning")(
+        {"prompt_embeds": latents.prompt_embeds, "image_latents": latents.image, "pose_latents": latents.pose, **shared}
+    )
+    length, noise, halves = conditions["text"].shape[1], NoiseSource(5), range(2 if guided else 1)
+    cos, sin = model.denoiser.rope(model.size.grid, length)
+    active = np.arange(0) if reuse.active is None else reuse.active
+    others = np.setdiff1d(np.arange(model.size.video_tokens), active)
+    rows = np.concatenate([np.arange(length), active + length])
+
+    def through(h: int, stem: np.ndarray, at: int, tokens: np.ndarray | None) -> tuple[np.ndarray, list[Arrays]]:
+        """Tokens after all blocks, of all tokens or of the active ones, and what each block gave."""
+        take = slice(None) if tokens is None else tokens
+        video, text, pose = stem[:, take], conditions["text"][h : h + 1], conditions["pose"][:, take]
+        given = []
+        for i in range(model.config.num_layers):
+            feeds = {
+                "video": np.ascontiguousarray(video),
+                "text": text,
+                "pose": np.ascontiguousarray(pose),
+                "modulation": table[at, i],
+                "rope_cos": cos if tokens is None else cos[rows],
+                "rope_sin": sin if tokens is None else sin[rows],
+                **model.bundle.tensors(f"block_{i:02d}"),
+            }
+            if tokens is None and len(active):
+                outputs = graph("tokens_keep")({**feeds, "rows": others + length})
+            elif tokens is None:
+                outputs = graph("block")(feeds)
+            else:
+                outputs = graph("tokens_reuse")({**feeds, **{n: caches[h][i][n] for n in ("keys", "values")}})
+            given.append(outputs)
+            video, text, pose = outputs["video_out"], outputs["text_out"], outputs["pose_out"]
+        return video, given
+
+    x, x0, found = model.initial, np.zeros_like(model.initial), []
+    caches: dict[int, list[Arrays]] = {}
+    refreshed: dict[int, np.ndarray] = {}
+    residuals: dict[int, list[tuple[float, np.ndarray]]] = {h: [] for h in halves}
+    difference, age = np.zeros_like(x), 0
+    for at, (step, plan) in enumerate(zip(schedule.steps, reuse.plan.steps, strict=True)):
+        stem = graph("stem")({"latents": x, "image_tokens": conditions["image_tokens"], **shared})["video"]
+        predictions = {}
+        for h in halves if plan.both else halves[-1:]:
+            if plan.trunk == "reused":
+                (time, tokens), *before = residuals[h]
+                if policy.trunk_order == 1 and before and math.isfinite(before[0][0]):
+                    slope = (tokens - before[0][1]) / np.float32(time - before[0][0])
+                    tokens = tokens + np.float32(reuse.times[at] - time) * slope
+                video = stem + tokens
+            else:
+                if plan.trunk == "tokens":
+                    part, _ = through(h, stem, at, active)
+                    video = refreshed[h].copy()
+                    video[:, active] = part
+                else:
+                    video, given = through(h, stem, at, None)
+                    if plan.keep:
+                        refreshed[h], caches[h] = video, given
+                residuals[h] = [(reuse.times[at], video - stem), *residuals[h]][:2]
+            zeros = np.zeros_like(x)
+            feeds = {"video": video, "modulation": heads[at], "latents": zeros, "x0_old": zeros, "noise": zeros}
+            feeds["coefficients"] = np.zeros(7, np.float32)
+            predictions[h] = graph("head")({**feeds, **shared})["prediction"]
+        positive = predictions[halves[-1]]
+        if plan.both:
+            difference, age = positive - predictions[0], 0
+        else:
+            age += 1
+        v = positive + np.float32((GUIDANCE - 1) * policy.guidance_decay**age) * difference if guided else positive
+        for _ in range(step.draws - 1):
+            noise.skip(x.shape)
+        x, x0 = advance(step, x, v, x0, noise.normal(x.shape))
+        found.append(x)
+    return found
+
+
+SHORT = "warmup=1,final=1"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        f"guidance,{SHORT}",
+        f"guidance,{SHORT},guidance_period=3,guidance_decay=0.7",
+        f"trunk,{SHORT},trunk_period=3",
+        f"trunk-linear,{SHORT}",
+        f"trunk-linear,{SHORT},guidance_period=2",
+        f"table,{SHORT},trunk_threshold=0.5,guidance_period=3",
+        f"tokens,{SHORT}",
+        f"tokens,{SHORT},token_choice=random,token_share=0.7,guidance_period=2",
+        f"combined,{SHORT},trunk_order=1",
+        f"combined,{SHORT},guidance_period=1,token_share=0.1",
+    ],
+)
+@pytest.mark.parametrize("guided", [True, False])
+def test_reused_steps_are_those_of_a_plain_reference(text: str, guided: bool, model: Any) -> None:
+    tiny, policy = model("cogvideox15-tiny"), policy_of(text)
+    got, kinds = tiny.run(policy, 10, guided=guided)
+    assert set(kinds) != {"full"} or (not guided and not policy.reuses_trunk and not policy.reuses_tokens)
+    for one, wanted in zip(got, reference(tiny, policy, 10, guided), strict=True):
+        assert max_abs(one, wanted) < 1e-4
+
+
+def test_halves_in_turn_are_the_halves_side_by_side(model: Any) -> None:
+    tiny, policy = model("cogvideox10-tiny"), policy_of("combined,warmup=1,final=0,guidance_period=1")
+    aside, _ = tiny.run(policy, 8)
+    tiny.denoiser.side_by_side = False
+    try:
+        in_turn, _ = tiny.run(policy, 8)
+    finally:
+        tiny.denoiser.side_by_side = True
+    assert max(max_abs(a, b) for a, b in zip(aside, in_turn, strict=True)) < 1e-4
+
+
+def test_the_report_says_what_was_done_and_allocated(model: Any) -> None:
+    tiny, policy = model("cogvideox15-tiny"), policy_of("combined,warmup=1,final=1")
+    schedule = tiny.schedule(9)
+    table, _ = tiny.denoiser.modulation(schedule)
+    reuse = Reuse.of(policy, tiny.size, schedule, table, guided=True, touched=tiny.touched)
+    loop = reuse.make_loop(tiny.denoiser, tiny.latents, tiny.initial, tiny.size.grid)
+    allocated = sum(array.nbytes for array in loop._buffers.values())
+    loop.close()
+    steps = tiny.denoiser.denoise(
+        tiny.latents, tiny.initial, schedule, GUIDANCE, NoiseSource(5), tiny.size.grid, make_loop=reuse.make_loop
+    )
+    assert len(list(steps)) == 9
+    report = reuse.report(tiny.config, "fp32")
+    assert report.cache_bytes == allocated
+    assert report.as_json()["steps"] == list(reuse.plan.kinds)
+    assert 0.3 < report.flop_fraction < 0.8
+    assert "9 steps with --reuse combined: 3 full" in report.summary()
+
+
+# --- graphs
+
+
+@pytest.mark.parametrize("name", ["block", "block_cpu"])
+def test_active_rows_with_kept_keys_are_rows_of_the_whole_block(name: str, model: Any) -> None:
+    """In the portable graphs and in those of ONNX Runtime's own operators, two halves at once and any number of rows."""
+    import onnxruntime
+
+    tiny, random = model("cogvideox15-tiny"), np.random.default_rng(4)
+    d, n, text = tiny.config.width, 12, 5
+    suffix = name.removeprefix("block")
+
+    def run(graph: str, feeds: Arrays) -> Arrays:
+        session = onnxruntime.InferenceSession(tiny.bundle.graph(graph + suffix)[1], providers=["CPUExecutionProvider"])
+        values = session.run(None, {port.name: feeds[port.name] for port in session.get_inputs()})
+        return {port.name: value for port, value in zip(session.get_outputs(), values, strict=True)}
+
+    angle = random.standard_normal((text + n, tiny.config.attention_head_dim // 2)).astype(np.float32)
+    feeds: Arrays = {
+        "video": random.standard_normal((2, n, d)).astype(np.float32),
+        "text": random.standard_normal((2, text, d)).astype(np.float32),
+        "pose": random.standard_normal((1, n, d)).astype(np.float32),
+        "modulation": random.standard_normal((15, d)).astype(np.float32),
+        "rope_cos": np.cos(angle),
+        "rope_sin": np.sin(angle),
+        **tiny.bundle.tensors("block_00"),
+    }
+    whole = run("block", feeds)
+    for active in (np.array([7]), np.array([0, 3, 4, 11]), np.arange(n)):
+        rows = np.concatenate([np.arange(text), active + text])
+        others = np.setdiff1d(np.arange(n), active) + text
+        kept = run("tokens_keep", {**feeds, "rows": others})
+        assert all(max_abs(kept[port], value) < 1e-6 for port, value in whole.items())
+        part = run(
+            "tokens_reuse",
+            {
+                **feeds,
+                **{port: feeds[port][:, active] for port in ("video", "pose")},
+                **{port: feeds[port][rows] for port in ("rope_cos", "rope_sin")},
+                **{port: kept[port] for port in ("keys", "values")},
+            },
+        )
+        assert max_abs(part["video_out"], whole["video_out"][:, active]) < 2e-5
+        assert max_abs(part["pose_out"], whole["pose_out"][:, active]) < 2e-5
+        assert max_abs(part["text_out"], whole["text_out"]) < 2e-5
