@@ -127,7 +127,9 @@ def test_an_interrupted_calibration_goes_on(
     quantized: Quantized, bundle15: Path, tmp_path: Path, stage: str, after: int
 ) -> None:
     with pytest.raises(KeyboardInterrupt):
-        calibrate(bundle15, tmp_path / "q", some_samples(), quick(smooth=True), threads=1, progress=Stopping(stage, after))
+        calibrate(
+            bundle15, tmp_path / "q", some_samples(), quick(smooth=True), threads=1, progress=Stopping(stage, after)
+        )
     assert [path.name for path in tmp_path.iterdir()] == [".q.calibration"]
     work = tmp_path / ".q.calibration"
     seen = Observations.load(work / "statistics.npz", read_manifest(bundle15).transformer)
