@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from dynamictrl_edge.bundle.errors import BundleError, DeviceError, UsageError
+from dynamictrl_edge.cli.animate import command
 from dynamictrl_edge.cli.main import run
 from dynamictrl_edge.runtime import Animator
 from dynamictrl_edge.runtime.reuse import POLICIES
@@ -67,6 +68,11 @@ def test_the_command_line_reports_it(bundle15: Path, tmp_path: Path, capsys: pyt
     assert json.loads(capsys.readouterr().out)["reuse"] is None
     assert run(animate(bundle15, inputs, tmp_path / "c.mp4", **{**options, "json": None})) == 0
     assert "4 steps with --reuse trunk: 2 full, 2 trunk" in capsys.readouterr().err
+
+
+def test_the_help_names_every_policy() -> None:
+    (option,) = (p for p in command.params if p.name == "reuse")
+    assert all(name in option.help for name in ("off", *POLICIES))  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize(

@@ -143,7 +143,7 @@ def test_caches_that_do_not_fit_are_refused_with_their_bytes_and_what_fits() -> 
     text, fitting = str(refusal.value).split("these fit: ")
     assert f"caches of --reuse tokens need {bytes_needed / 1e9:.2f} GB beside the clip. It does not fit." in text
     names = [name.split(" (")[0] for name in fitting.split(", ")]
-    assert {"off", "guidance", "trunk"} <= set(names)
+    assert {"off", "trunk"} <= set(names)
     assert "tokens" not in names and "trunk-linear" not in names
     # Where the clip alone does not fit, that is what is said.
     with pytest.raises(DeviceError, match=r"^It does not fit\.$"):

@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection
 from ...bundle.config import Geometry
 from ...bundle.errors import BundleError, DeviceError
 from ...bundle.manifest import Manifest
-from ..memory import MemoryPlan
+from ..memory import MemoryPlan, block_activations
 from .caches import cache_bytes
 from .policy import OFF, POLICIES, ReusePolicy
 
@@ -50,7 +50,7 @@ def check_graphs(
 def plan_with_caches(
     plan: Callable[[int], MemoryPlan], policy: ReusePolicy | None, manifest: Manifest, size: Geometry, *, guided: bool
 ) -> MemoryPlan:
-    """`plan(bytes)` plans a clip's memory with so many bytes of caches, or raises `DeviceError`.
+    """`plan(bytes)` plans a clip's memory with so many bytes for reuse, or raises `DeviceError`.
 
     Raises:
         DeviceError: the clip does not fit with the policy's caches; the text gives their bytes and the policies that fit.
@@ -61,14 +61,18 @@ def plan_with_caches(
     def need(other: ReusePolicy) -> int:
         return cache_bytes(other, manifest.transformer, size, guided=guided, precision=manifest.precision)
 
+    def whole(other: ReusePolicy) -> int:
+        activations = block_activations(manifest.transformer, size, "block_cpu" in manifest.graphs)
+        return need(other) + _more_sessions(other, guided=guided) * activations
+
     try:
-        return plan(need(policy))
+        return plan(whole(policy))
     except DeviceError as refused:
         plan(0)  # if this does not fit either, its own refusal tells more
         fitting = [f"{OFF} (none)"]
         for other in POLICIES.values():
             try:
-                plan(need(other))
+                plan(whole(other))
             except DeviceError:
                 continue
             fitting.append(f"{other.name} ({need(other) / 1e9:.2f} GB)")
@@ -76,3 +80,10 @@ def plan_with_caches(
             f"The caches of --reuse {policy.name} need {need(policy) / 1e9:.2f} GB beside the clip. {refused} "
             f"With --reuse, these fit: {', '.join(fitting)}."
         ) from None
+
+
+def _more_sessions(policy: ReusePolicy, *, guided: bool) -> int:
+    """At most so many sessions of a block's graphs run beside those of a loop without reuse; each keeps its activations."""
+    alone = policy.reuses_guidance and guided
+    lanes = 2 if guided and not alone else 1
+    return int(alone) + (2 * lanes if policy.reuses_tokens else 0)
