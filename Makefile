@@ -19,12 +19,12 @@ test: .venv/test.stamp
 .venv/bin/python:
 	$(PYTHON) -m venv .venv
 
-SOURCES = pyproject.toml constraints.txt $(shell find bundle cli engines export package pocket runtime -name '*.py' -o -name '*.safetensors')
+SOURCES = pyproject.toml constraints.txt $(shell find bundle calibration cli engines export package pocket runtime -name '*.py' -o -name '*.safetensors')
 
 .venv/demo.stamp: .venv/bin/python $(SOURCES)
 	$(PIP) ".[export]"
 	touch $@
 
 .venv/test.stamp: .venv/bin/python $(SOURCES)
-	$(PIP) ".[export,build,rtx,dev]"
+	$(PIP) ".[export,calibrate,build,rtx,dev]"
 	touch $@

@@ -54,7 +54,7 @@ are exponential averages. Training clips and held-out clips share no seed.
 ## How good it is
 
 <!-- pocket -->
-Not measured yet; `python benchmarks/pocket.py` does it.
+Not measured yet; `python benchmarks/pocket_quality.py` does it.
 <!-- end -->
 
 ## What it can not do

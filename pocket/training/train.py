@@ -8,7 +8,7 @@ it learn too and the transformer follow it.
 
 Run it again with the same folder after a kill and it goes on where the last saved state ends. FOLDER then holds
 `vae/` and `dit/` (state, `log.jsonl` with the losses, `quality.jsonl`, sample sheets), `tokenizer/`, `checkpoint/`
-(rewritten at every sample sheet) and, at the end, `done.json`. How good it has become, `benchmarks/pocket.py --model
+(rewritten at every sample sheet) and, at the end, `done.json`. How good it has become, `benchmarks/pocket_quality.py --model
 FOLDER/checkpoint` tells.
 
 Two threads wait for each other at every operator, so that a neighbour on one core costs several times its share: on a machine

@@ -1,6 +1,6 @@
 """How good the pocket model is: what it makes of clips that it was never trained on.
 
-    python benchmarks/pocket.py [--model pocket/model] [--clips 50] [--steps 20] [--no-write]
+    python benchmarks/pocket_quality.py [--model pocket/model] [--clips 50] [--steps 20] [--no-write]
 
 Exports the checkpoint, animates held-out clips on the CPU, measures them (`pocket.evaluate`) and writes the receipt
 `benchmarks/results/pocket.json` and the contact sheet `docs/pocket.png`; then `python benchmarks/tables.py` puts the figures into
