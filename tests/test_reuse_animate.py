@@ -17,6 +17,7 @@ from dynamictrl_edge.runtime import Animator
 from dynamictrl_edge.runtime.reuse import POLICIES
 from dynamictrl_edge.runtime.reuse import fit as fit_module
 from tests.cli_samples import animate, refused, small_inputs
+from tests.conftest import Quantized
 from tests.engine_samples import edit
 from tests.test_animator import arguments
 
@@ -46,6 +47,16 @@ def test_a_clip_says_what_its_steps_reused(animator: Animator) -> None:
     same = made(animator, reuse=POLICIES["trunk"])
     assert any("reused nothing" in notice for notice in made(animator, reuse="trunk,warmup=5").notices)
     assert not any("reused nothing" in notice for notice in same.notices)
+
+
+def test_a_quantized_bundle_reuses_guidance_and_trunk_but_not_tokens(quantized: Quantized) -> None:
+    animator = Animator.from_bundle(quantized("int8"), cache=False)
+    full = made(animator)
+    assert np.array_equal(made(animator, reuse="guidance,guidance_period=1").latents, full.latents)
+    clip = made(animator, reuse="trunk,warmup=1,final=1")
+    assert clip.reuse.flop_fraction < 0.9 and 0 < np.abs(clip.latents - full.latents).max() < 10
+    with pytest.raises(BundleError, match="is quantized"):
+        made(animator, reuse="tokens")
 
 
 def test_a_pose_clip_without_a_skeleton_is_told(animator: Animator) -> None:

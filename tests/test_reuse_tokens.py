@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from dynamictrl_edge.bundle.config import geometry
 from dynamictrl_edge.bundle.errors import BundleError, DeviceError
+from dynamictrl_edge.bundle.manifest import Quantization
 from dynamictrl_edge.runtime.memory import MemoryPlan, plan_memory
 from dynamictrl_edge.runtime.reuse.caches import Widths, allocate, cache_bytes, cache_layout
 from dynamictrl_edge.runtime.reuse.fit import check_graphs, needed_graphs, plan_with_caches
@@ -169,6 +170,10 @@ def test_token_reuse_of_a_quantized_bundle_is_refused_with_what_works() -> None:
     graphs = dict.fromkeys(needed_graphs(POLICIES["combined"], guided=True), manifest.graphs["block"])
     manifest = msgspec.structs.replace(manifest, graphs=graphs)
     check_graphs(manifest, "b", POLICIES["combined"], guided=True)
+    quantization = Quantization(
+        scheme="int8", blocks=("block",) * manifest.transformer.num_layers, linears={"block": ("qkv",)}
+    )
+    manifest = msgspec.structs.replace(manifest, quantization=quantization)
     with pytest.raises(BundleError, match=r"is quantized.*Use one of off, guidance, trunk"):
-        check_graphs(manifest, "b", POLICIES["combined"], guided=True, block_graphs=("block_int8", "block"))
-    check_graphs(manifest, "b", POLICIES["trunk"], guided=True, block_graphs=("block_int8",))
+        check_graphs(manifest, "b", POLICIES["combined"], guided=True)
+    check_graphs(manifest, "b", POLICIES["trunk"], guided=True)

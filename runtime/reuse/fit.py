@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 
 from ...bundle.config import Geometry
 from ...bundle.errors import BundleError, DeviceError
@@ -28,17 +28,15 @@ def needed_graphs(policy: ReusePolicy, *, guided: bool) -> tuple[str, ...]:
     return tuple(names)
 
 
-def check_graphs(
-    manifest: Manifest, root: str, policy: ReusePolicy, *, guided: bool, block_graphs: Collection[str] = ("block",)
-) -> None:
-    """Refuses (`BundleError`) a policy whose graphs the bundle at `root` lacks. `block_graphs`: those that run its blocks."""
+def check_graphs(manifest: Manifest, root: str, policy: ReusePolicy, *, guided: bool) -> None:
+    """Refuses (`BundleError`) a policy whose graphs the bundle at `root` lacks, or cannot run with its weights."""
     lacking = [name for name in needed_graphs(policy, guided=guided) if name not in manifest.graphs]
     if lacking:
         raise BundleError(
             f"The bundle {root!r} was exported before --reuse {policy.name} existed: it lacks the graphs "
             f"{', '.join(lacking)}. Export the checkpoint again with this version, or use --reuse {OFF}."
         )
-    if policy.reuses_tokens and set(block_graphs) != {"block"}:
+    if policy.reuses_tokens and manifest.quantization is not None:
         # The graphs of token steps take a block's weights as they are before quantization.
         others = [name for name, other in POLICIES.items() if not other.reuses_tokens]
         raise BundleError(
