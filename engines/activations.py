@@ -35,7 +35,7 @@ def estimate_activation(
     oldest GPU that the engine is for; None: SM80 or later.
 
     Raises:
-        ValueError: no such graph.
+        ValueError: no such graph, or one of reuse between steps, whose activations were not measured.
         KeyError: an axis of the graph is missing.
     """
     if graph in _VAE:

@@ -481,7 +481,9 @@ def test_estimates_equal_the_report_of_engines_built_now(tmp_path: Path) -> None
         assert estimate == pytest.approx(report.activation_bytes, rel=0.05), case
 
 
-def test_every_graph_of_a_bundle_can_be_estimated(exported: Export) -> None:
+def test_every_graph_but_those_of_reuse_can_be_estimated(exported: Export) -> None:
+    from dynamictrl_edge.export.transformer import REUSE_GRAPHS
+
     manifest = read_manifest(exported("cogvideox15-tiny"))
     options = BuildOptions(sizes=(ClipSize(height=64, width=64, frames=13),), tile=(6, 8))
     lengths: dict[str, dict[str, int]] = {}
@@ -490,7 +492,13 @@ def test_every_graph_of_a_bundle_can_be_estimated(exported: Export) -> None:
         lengths.setdefault(graph, {})[axis] = extent.most
     for precision in PRECISIONS:
         facts = facts_of(manifest, precision)
-        assert all(estimate_activation(graph, facts, axes) > 0 for graph, axes in lengths.items())
+        for graph, axes in lengths.items():
+            if graph in REUSE_GRAPHS:  # no plan for a GPU counts them yet (docs/reuse.md), so nothing may be made up for them
+                with pytest.raises(ValueError, match=graph):
+                    estimate_activation(graph, facts, axes)
+            else:
+                assert estimate_activation(graph, facts, axes) > 0
+    assert set(REUSE_GRAPHS) <= set(lengths)
     with pytest.raises(ValueError, match="no graph 'blocks'"):
         estimate_activation("blocks", facts, {})
 
