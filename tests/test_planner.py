@@ -493,7 +493,9 @@ def test_every_graph_but_those_of_reuse_can_be_estimated(exported: Export) -> No
     for precision in PRECISIONS:
         facts = facts_of(manifest, precision)
         for graph, axes in lengths.items():
-            if graph in REUSE_GRAPHS:  # no plan for a GPU counts them yet (docs/reuse.md), so nothing may be made up for them
+            if (
+                graph in REUSE_GRAPHS
+            ):  # no plan for a GPU counts them yet (docs/reuse.md), so nothing may be made up for them
                 with pytest.raises(ValueError, match=graph):
                     estimate_activation(graph, facts, axes)
             else:
