@@ -18,7 +18,7 @@ import numpy as np
 from ..bundle.atomic import atomic_folder, check_output_place
 from ..bundle.config import geometry
 from ..bundle.errors import BundleError, DeviceError, InputError, UsageError
-from ..bundle.manifest import SCHEMES, FileEntry, Manifest, Scheme
+from ..bundle.manifest import SCHEMES, FileEntry, Manifest, Scheme, read_manifest
 from ..bundle.store import Bundle
 from ..runtime.animator import Animator, Prepared
 from ..runtime.backends.onnxruntime import OnnxRuntimeBackend
@@ -358,8 +358,7 @@ def _observer(source: Bundle, observe_with: Path | str | None, threads: int | No
                 "well, and give that to compute with: --observe-with BUNDLE"
             )
         return _opened(source.root, threads)
-    animator = _opened(Path(observe_with), threads)
-    other, manifest = animator.bundle.manifest, source.manifest
+    other, manifest = read_manifest(Path(observe_with)), source.manifest
     if other.label != "fp32":
         raise UsageError(f"--observe-with {str(observe_with)!r} is {other.label}; a bundle in fp32 is needed.")
     configs = [{k: v for k, v in one.provenance.items() if k.startswith("sha256")} for one in (other, manifest)]
@@ -367,7 +366,7 @@ def _observer(source: Bundle, observe_with: Path | str | None, threads: int | No
         raise BundleError(
             f"--observe-with {str(observe_with)!r} is another checkpoint than {str(source.root)!r}: export both from one."
         )
-    return animator
+    return _opened(Path(observe_with), threads)
 
 
 def _check_options(options: Options) -> None:
