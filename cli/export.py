@@ -21,6 +21,12 @@ from .console import json_option, note, print_json, verbose_option, working
 @click.option("--height", type=int, help="Default height of clips, pixels. [default: the checkpoint's]")
 @click.option("--width", type=int, help="Default width of clips, pixels. [default: the checkpoint's]")
 @click.option("--frames", type=int, help="Default number of frames. [default: the checkpoint's]")
+@click.option(
+    "--reuse/--no-reuse",
+    default=True,
+    show_default=True,
+    help="With the graphs for `animate --reuse`; without them exports and engine builds take less time.",
+)
 @click.option("--force", is_flag=True, help="Replace BUNDLE if it is one already.")
 @json_option
 @verbose_option
@@ -31,6 +37,7 @@ def command(
     height: int | None,
     width: int | None,
     frames: int | None,
+    reuse: bool,
     force: bool,
     as_json: bool,
 ) -> None:
@@ -54,6 +61,7 @@ def command(
             height=height,
             width=width,
             frames=frames,
+            reuse=reuse,
             replace=force,
             progress=progress,
         )

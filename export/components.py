@@ -10,11 +10,13 @@ import onnx
 from torch import nn
 
 from ..bundle.config import TextConfig, TransformerConfig
+from ..bundle.manifest import OWN
 from .convert import Converter
 from .recipe import Recipe
+from .reuse import reuse_modules
 from .text_encoder import EMBEDDING_ALIASES, TextBlock, text_block_signature, text_layer_recipe, text_shared_recipe
 from .trace import Signature, trace
-from .transformer import CPU_GRAPHS, graph_modules
+from .transformer import graph_modules
 from .transformer_weights import block_recipes, modulation_recipes, shared_recipes
 from .vae import GRAPHS as VAE_GRAPHS
 from .vae import WeightFile, export_vae_graph, vae_tensors
@@ -54,13 +56,16 @@ class Component:
             workspace.add_weights(name, self.converter.write(workspace.weights_path(name), recipes))
 
 
-def denoiser(config: TransformerConfig, converter: Converter) -> Component:
-    """The loop's graphs and those of reuse; shared weights, and two files per block: the block's and its modulation's."""
+def denoiser(config: TransformerConfig, converter: Converter, reuse: bool) -> Component:
+    """The loop's graphs and, if asked for, those of reuse between steps; shared weights, and two files per block: the block's
+    and its modulation's."""
     plan = [("denoiser", shared_recipes(config))]
     for i in range(config.num_layers):
         plan.append((f"block_{i:02d}", block_recipes(config, i)))
         plan.append((f"modulation_{i:02d}", modulation_recipes(config, i)))
     modules = graph_modules(config, converter.precision)
+    if reuse:
+        modules |= reuse_modules(config, converter.precision)
     return Component(converter, plan, {name: _traced(name, *made) for name, made in modules.items()})
 
 
@@ -97,7 +102,7 @@ def vae(config: Mapping[str, Any], converter: Converter) -> Component:
 
 def _traced(name: str, module: nn.Module, signature: Signature) -> AddGraph:
     def add(workspace: Workspace) -> None:
-        device = "cpu" if name in CPU_GRAPHS else "meta"
+        device = "cpu" if name.endswith(OWN) else "meta"
         workspace.add_graph(name, trace(module, signature, name=name, device=device))
 
     return add

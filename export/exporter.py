@@ -54,12 +54,14 @@ def export_checkpoint(
     width: int | None = None,
     frames: int | None = None,
     fps: int | None = None,
+    reuse: bool = True,
     replace: bool = False,
     progress: Progress | None = None,
 ) -> Manifest:
     """Exports a checkpoint folder (diffusers layout, safetensors) into the new folder `bundle`; returns its manifest.
 
-    `height`, `width` (pixels), `frames` and `fps` set what `animate` makes by default; the graphs take every size.
+    `height`, `width` (pixels), `frames` and `fps` set what `animate` makes by default; the graphs take every size. Without
+    `reuse` the graphs of reuse between steps are left out: less to trace and to build, and every step runs whole.
     Memory is bounded by the largest tensor and the trace of one block, not by the model. The bundle appears when it is
     complete; on an error or an interruption nothing remains.
 
@@ -85,7 +87,7 @@ def export_checkpoint(
         return Converter(source.tensors(component), precision, progress.advance)
 
     parts = [
-        components.denoiser(transformer, converter("transformer")),
+        components.denoiser(transformer, converter("transformer"), reuse),
         components.text_encoder(text, converter("text_encoder")),
         components.vae(source.json("vae"), converter("vae")),
     ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import gc
 import inspect
 import logging
@@ -16,7 +17,9 @@ import onnx_ir as ir
 import torch
 from onnxscript import optimizer
 
-__all__ = ["IR_VERSION", "OPSET", "Signature", "trace"]
+__all__ = ["IR_VERSION", "OPSET", "Port", "Signature", "exporting", "trace"]
+
+Port = tuple[str, torch.dtype, tuple[int | str, ...]]  # name, type, shape
 
 OPSET = 20  # what TensorRT 10.3's parser reads
 IR_VERSION = 10
@@ -36,14 +39,22 @@ class Signature:
     `sizes` gives each dynamic axis the length that it is traced at (2 or more: 0 and 1 would be specialised).
     """
 
-    inputs: tuple[tuple[str, torch.dtype, tuple[int | str, ...]], ...]
-    outputs: tuple[tuple[str, torch.dtype, tuple[int | str, ...]], ...]
+    inputs: tuple[Port, ...]
+    outputs: tuple[Port, ...]
     sizes: Mapping[str, int] = field(default_factory=dict)
 
 
 @contextlib.contextmanager
+def exporting() -> Iterator[None]:
+    """Around everything that traces: no gradients, no notes to developers, and without two habits that cost most of the time
+    of a small graph: garbage collections, over and over through a growing graph, and a table of translations made anew for
+    every one."""
+    with _quiet(), _uncollected(), _same_translations(), torch.no_grad():
+        yield
+
+
+@contextlib.contextmanager
 def _uncollected() -> Iterator[None]:
-    """No garbage collections meanwhile: they would take a quarter of the time, over and over through a growing graph."""
     was = gc.isenabled()
     gc.disable()
     try:
@@ -55,16 +66,50 @@ def _uncollected() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """The exporter warns about its own internals; a person exporting a model cannot act on that."""
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    """The tracing libraries warn about their own internals; a person exporting a model cannot act on that."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "diffusers", "onnxscript")]
+    levels = [logger.level for logger in loggers]
     try:
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        logger.setLevel(level)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+@contextlib.contextmanager
+def _same_translations() -> Iterator[None]:
+    """Exports take copies of one table. PyTorch has no public way to hand one over; where this one is missing, nothing
+    changes but the time."""
+    try:
+        from torch.onnx._internal.exporter._registration import ONNXRegistry
+    except ImportError:
+        yield
+        return
+    original = vars(ONNXRegistry).get("from_torchlib")
+    if original is None:
+        yield
+        return
+
+    def copied(**options: Any) -> Any:
+        key = tuple(sorted(options.items()))
+        if key not in _TABLES:
+            _TABLES[key] = original.__get__(None, ONNXRegistry)(**options)
+        table = copy.copy(_TABLES[key])
+        table.functions = {target: list(functions) for target, functions in table.functions.items()}
+        return table
+
+    ONNXRegistry.from_torchlib = staticmethod(copied)
+    try:
+        yield
+    finally:
+        ONNXRegistry.from_torchlib = original
+
+
+_TABLES: dict[tuple[Any, ...], Any] = {}
 
 
 def trace(module: torch.nn.Module, signature: Signature, *, name: str, device: str = "meta") -> onnx.ModelProto:
@@ -84,7 +129,7 @@ def trace(module: torch.nn.Module, signature: Signature, *, name: str, device: s
         {axis: torch.export.Dim.AUTO for axis, n in enumerate(shape) if isinstance(n, str)}
         for _, _, shape in signature.inputs
     )
-    with _quiet(), _uncollected(), torch.no_grad():
+    with exporting():
         program = torch.onnx.export(
             module.eval(),
             arguments,

@@ -22,9 +22,22 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..bundle.config import TransformerConfig
-from .trace import Signature
+from .trace import Port, Signature
 
-__all__ = ["CPU_GRAPHS", "GRAPHS", "REUSE_GRAPHS", "ROWS", "Formats", "graph_modules"]
+__all__ = [
+    "GRAPHS",
+    "ROWS",
+    "Block",
+    "CpuBlock",
+    "Formats",
+    "Head",
+    "block_inputs",
+    "block_outputs",
+    "graph_modules",
+    "head_signature",
+    "norm",
+    "sample_sizes",
+]
 
 # Rows of a block's modulation table: (scale, shift, gate) of each norm.
 ROWS = ("video_1", "text_1", "pose", "video_2", "text_2")
@@ -194,7 +207,7 @@ class Block(nn.Module):
         ff_in_bias: Tensor,
         ff_out_weight: Tensor,
         ff_out_bias: Tensor,
-        *cache: Tensor,  # of the forms that reuse keys and values
+        *cache: Tensor,  # of the forms that reuse keys and values (reuse.py)
     ) -> tuple[Tensor, ...]:
         eps, c, r = self.config.norm_eps, self.formats.compute, self.formats.residual
         rows = [modulation[i] for i in range(15)]
@@ -276,96 +289,6 @@ def _runtime_operator(name: str, inputs: tuple[Tensor, ...], attributes: dict[st
     )
 
 
-class _Keeps(Block):
-    """A block that also gives the keys (normed and rotated) and values of some of its rows, for `_Reuses`."""
-
-    def _seen(self, k: Tensor, v: Tensor, *cache: Tensor) -> tuple[Tensor, ...]:
-        (rows,) = cache  # [K] int64, rows of [text; video]
-        shape = (k.shape[0], rows.shape[0], self.config.width)
-        return k, v, k.index_select(1, rows).reshape(shape), v.index_select(1, rows).reshape(shape)
-
-
-class _Reuses(Block):
-    """A block for the active video tokens only: the others take part with the keys and values that `_Keeps` gave.
-
-    The inputs are the block's with A active tokens in the place of N. Attention does not ask for the order of keys, so
-    that cached and fresh ones are joined, and nothing is scattered.
-    """
-
-    def _seen(self, k: Tensor, v: Tensor, *cache: Tensor) -> tuple[Tensor, ...]:
-        keys, values = (x.reshape(x.shape[0], x.shape[1], *k.shape[2:]) for x in cache)  # [B, K, D]
-        return torch.cat([keys, k], dim=1), torch.cat([values, v], dim=1)
-
-
-class TokensKeep(_Keeps, Block):
-    """`tokens_keep`"""
-
-
-class CpuTokensKeep(_Keeps, CpuBlock):
-    """`tokens_keep_cpu`"""
-
-
-class TokensReuse(_Reuses, Block):
-    """`tokens_reuse`"""
-
-
-class CpuTokensReuse(_Reuses, CpuBlock):
-    """`tokens_reuse_cpu`"""
-
-
-class TokensTake(nn.Module):
-    """Rows of the active tokens: [1, N, D], [A] -> [1, A, D]."""
-
-    def forward(self, video: Tensor, active: Tensor) -> Tensor:
-        return video.index_select(1, active)
-
-
-class TokensPut(nn.Module):
-    """Rows of the active tokens put back in their places among the others."""
-
-    def forward(self, video: Tensor, rows: Tensor, active: Tensor) -> Tensor:
-        # One batch row at a time comes here; rows along the first axis are scattered with the least memory.
-        return torch.index_put(video[0], (active,), rows[0])[None]
-
-
-class TrunkKeep(nn.Module):
-    """What all blocks together add to the stem's tokens."""
-
-    def __init__(self, formats: Formats):
-        super().__init__()
-        self.formats = formats
-
-    def forward(self, stem: Tensor, video: Tensor) -> Tensor:
-        return (video.float() - stem.float()).to(self.formats.residual)
-
-
-class TrunkReuse(nn.Module):
-    """The stem's tokens plus a weighted sum of two kept residuals; `weights` [2] float32: of the newest, of the one before."""
-
-    def __init__(self, formats: Formats):
-        super().__init__()
-        self.formats = formats
-
-    def forward(self, stem: Tensor, newest: Tensor, before: Tensor, weights: Tensor) -> Tensor:
-        residual = weights[0] * newest.float() + weights[1] * before.float()
-        return (stem.float() + residual).to(self.formats.residual)
-
-
-class TrunkProbe(nn.Module):
-    """How far the first block's modulated input has moved: mean |now - before| over mean |before|, as in TeaCache
-    (arXiv 2411.19108). `modulated` is `before` of the next step."""
-
-    def __init__(self, config: TransformerConfig, formats: Formats):
-        super().__init__()
-        self.config, self.formats = config, formats
-
-    def forward(self, video: Tensor, modulation: Tensor, before: Tensor) -> tuple[Tensor, Tensor]:
-        now = norm(video, modulation[0], modulation[1], self.config.norm_eps)
-        old = before.float()
-        change = (now - old).abs().mean() / old.abs().mean().clamp_min(1e-12)
-        return now.to(self.formats.residual), change.reshape(1)
-
-
 class Head(nn.Module):
     """Final norms, projection and unpatchify, then guidance and the DPM-solver++ SDE update in float32.
 
@@ -423,59 +346,86 @@ class Head(nn.Module):
         return sample * latents + c_x0 * x0 + c_old * x0_old + c_noise * noise, x0
 
 
-class HeadReuse(Head):
-    """The head where only the conditional half ran: the difference of the halves is that of an earlier prediction.
-
-    With d = kept_pos - kept_neg, v = v_neg + guidance * d and v_neg = v_pos - d give v = v_pos + (guidance - 1) * d;
-    `coefficients[0]` is the factor of d.
-    """
-
-    def forward(  # type: ignore[override]  # one input more, after the data
-        self,
-        video: Tensor,  # [1, N, D]
-        modulation: Tensor,
-        latents: Tensor,
-        x0_old: Tensor,
-        noise: Tensor,
-        coefficients: Tensor,
-        kept: Tensor,  # [2, F, C, H, W] float32: an earlier prediction of both halves
-        norm_final_weight: Tensor,
-        norm_final_bias: Tensor,
-        proj_weight: Tensor,
-        proj_bias: Tensor,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        weights = (norm_final_weight, norm_final_bias, proj_weight, proj_bias)
-        prediction = self._prediction(video, modulation, latents, *weights)
-        v = prediction + coefficients[0] * (kept[1:] - kept[:1])
-        return *self._stepped(v, latents, x0_old, noise, coefficients), prediction
-
-
 GRAPHS = ("modulation", "head_modulation", "conditioning", "stem", "block", "head")
-REUSE_GRAPHS = (
-    *("head_reuse", "trunk_keep", "trunk_reuse", "trunk_probe"),
-    *("tokens_keep", "tokens_reuse", "tokens_take", "tokens_put"),
-)
-CPU_GRAPHS = ("block_cpu", "tokens_keep_cpu", "tokens_reuse_cpu")  # in operators that only ONNX Runtime has
+
+
+def sample_sizes(config: TransformerConfig) -> dict[str, int]:
+    """Sizes of the dynamic axes while graphs are traced, no two alike where graphs tell them apart."""
+    video_tokens = 2 * 3 * 5
+    sizes = {"T": 3, "L": 7, "N": video_tokens, "S": 7 + video_tokens, "B": 2}
+    return sizes | {"F": 2 * config.time_patch, "H": 3 * config.patch_size, "W": 5 * config.patch_size}
+
+
+def block_inputs(config: TransformerConfig, formats: Formats, tokens: str, rows: str) -> tuple[Port, ...]:
+    """A block's inputs; the names of the axes of video tokens and of all tokens."""
+    c, r, f32 = formats.compute, formats.residual, torch.float32
+    d, head = config.width, config.attention_head_dim
+    return (
+        ("video", r, ("B", tokens, d)),
+        ("text", r, ("B", "L", d)),
+        ("pose", r, (1, tokens, d)),
+        ("modulation", f32, (15, d)),
+        ("rope_cos", f32, (rows, head // 2)),
+        ("rope_sin", f32, (rows, head // 2)),
+        ("qkv_weight", c, (d, 3 * d)),
+        ("qkv_bias", c, (3 * d,)),
+        *((f"{x}_norm_{y}", c, (head,)) for x in "qk" for y in ("weight", "bias")),
+        ("out_weight", c, (d, d)),
+        ("out_bias", c, (d,)),
+        ("ff_in_weight", c, (d, 4 * d)),
+        ("ff_in_bias", c, (4 * d,)),
+        ("ff_out_weight", c, (4 * d, d)),
+        ("ff_out_bias", c, (d,)),
+    )
+
+
+def block_outputs(config: TransformerConfig, formats: Formats, tokens: str) -> tuple[Port, ...]:
+    """A block's outputs; the name of the axis of video tokens."""
+    r, d = formats.residual, config.width
+    return ("video_out", r, ("B", tokens, d)), ("text_out", r, ("B", "L", d)), ("pose_out", r, (1, tokens, d))
+
+
+def head_signature(config: TransformerConfig, formats: Formats, halves: int | str, *kept: Port) -> Signature:
+    """Of the head over so many guidance halves; `kept`: more data, between the step's and the weights."""
+    c, f32 = formats.compute, torch.float32
+    d, k, latents = config.width, config.patch_elements, (1, *_latents(config))
+    return Signature(
+        (
+            ("video", formats.residual, (halves, "N", d)),
+            ("modulation", f32, (2, d)),
+            ("latents", f32, latents),
+            ("x0_old", f32, latents),
+            ("noise", f32, latents),
+            ("coefficients", f32, (7,)),
+            *kept,
+            ("norm_final_weight", c, (d,)),
+            ("norm_final_bias", c, (d,)),
+            ("proj_weight", c, (d, k)),
+            ("proj_bias", c, (k,)),
+        ),
+        (("latents_out", f32, latents), ("x0", f32, latents), ("prediction", f32, (halves, *_latents(config)))),
+        sample_sizes(config),
+    )
+
+
+def _latents(config: TransformerConfig) -> tuple[int | str, ...]:
+    return "F", config.latent_channels, "H", "W"
 
 
 def graph_modules(config: TransformerConfig, precision: str) -> dict[str, tuple[nn.Module, Signature]]:
-    """Every denoiser graph's module and signature."""
+    """Module and signature of every graph of the exact loop, and of the float32 block for ONNX Runtime on a CPU."""
     formats = Formats(precision)
     c, r, f32 = formats.compute, formats.residual, torch.float32
-    d, e, dt, head = config.width, config.time_embed_dim, config.text_embed_dim, config.attention_head_dim
-    k, channels = config.patch_elements, config.latent_channels
-    latent_shape: tuple[int | str, ...] = (1, "F", channels, "H", "W")
-    f, h, w = 2 * config.time_patch, 3 * config.patch_size, 5 * config.patch_size
-    video_tokens = 2 * 3 * 5
-    sizes = {"T": 3, "L": 7, "N": video_tokens, "S": 7 + video_tokens, "B": 2, "F": f, "H": h, "W": w}
-    sizes |= {"A": 11, "Q": 7 + 11, "K": video_tokens - 11}
+    d, e, dt, k = config.width, config.time_embed_dim, config.text_embed_dim, config.patch_elements
+    latents = (1, *_latents(config))
+    sizes = sample_sizes(config)
     if config.use_learned_positional_embeddings:
         sizes["P"] = sizes["S"]
 
-    def weight(name: str, *shape: int | str) -> tuple[str, torch.dtype, tuple[int | str, ...]]:
+    def weight(name: str, *shape: int | str) -> Port:
         return name, c, shape
 
-    time: list[tuple[str, torch.dtype, tuple[int | str, ...]]] = [("time_sinusoid", f32, ("T", d))]
+    time: list[Port] = [("time_sinusoid", f32, ("T", d))]
     time_weights = [weight("time_1_weight", d, e), weight("time_1_bias", e)]
     time_weights += [weight("time_2_weight", e, e), weight("time_2_bias", e)]
     if config.ofs_embed_dim is not None:
@@ -488,139 +438,56 @@ def graph_modules(config: TransformerConfig, precision: str) -> dict[str, tuple[
         norm_weights += [weight(f"{name}_linear_weight", e, rows * d), weight(f"{name}_linear_bias", rows * d)]
         norm_weights += [weight(f"{name}_weight", d), weight(f"{name}_bias", d)]
     position = [weight("position", 1, "P", d)] if config.use_learned_positional_embeddings else []
-
-    def block_inputs(tokens: str, rows: str) -> tuple[tuple[str, torch.dtype, tuple[int | str, ...]], ...]:
-        """A block's inputs; the names of the axes of video tokens and of all tokens."""
-        return (
-            ("video", r, ("B", tokens, d)),
-            ("text", r, ("B", "L", d)),
-            ("pose", r, (1, tokens, d)),
-            ("modulation", f32, (15, d)),
-            ("rope_cos", f32, (rows, head // 2)),
-            ("rope_sin", f32, (rows, head // 2)),
-            weight("qkv_weight", d, 3 * d),
-            weight("qkv_bias", 3 * d),
-            *(weight(f"{x}_norm_{y}", head) for x in "qk" for y in ("weight", "bias")),
-            weight("out_weight", d, d),
-            weight("out_bias", d),
-            weight("ff_in_weight", d, 4 * d),
-            weight("ff_in_bias", 4 * d),
-            weight("ff_out_weight", 4 * d, d),
-            weight("ff_out_bias", d),
-        )
-
-    def block_outputs(tokens: str) -> tuple[tuple[str, torch.dtype, tuple[int | str, ...]], ...]:
-        return (
-            ("video_out", r, ("B", tokens, d)),
-            ("text_out", r, ("B", "L", d)),
-            ("pose_out", r, (1, tokens, d)),
-        )
-
-    def head_signature(halves: int | str, *kept: tuple[str, torch.dtype, tuple[int | str, ...]]) -> Signature:
-        return Signature(
-            (
-                ("video", r, (halves, "N", d)),
-                ("modulation", f32, (2, d)),
-                ("latents", f32, latent_shape),
-                ("x0_old", f32, latent_shape),
-                ("noise", f32, latent_shape),
-                ("coefficients", f32, (7,)),
-                *kept,
-                weight("norm_final_weight", d),
-                weight("norm_final_bias", d),
-                weight("proj_weight", d, k),
-                weight("proj_bias", k),
+    block = Signature(block_inputs(config, formats, "N", "S"), block_outputs(config, formats, "N"), sizes)
+    made: dict[str, tuple[nn.Module, Signature]] = {
+        "modulation": (
+            Modulation(config),
+            Signature((*time, *time_weights, *norm_weights), (("table", f32, ("T", 15, d)),), sizes),
+        ),
+        "head_modulation": (
+            HeadModulation(config),
+            Signature(
+                (
+                    *time,
+                    *time_weights,
+                    weight("norm_out_linear_weight", e, 2 * d),
+                    weight("norm_out_linear_bias", 2 * d),
+                    weight("norm_out_weight", d),
+                    weight("norm_out_bias", d),
+                ),
+                (("table", f32, ("T", 2, d)),),
+                sizes,
             ),
-            (
-                ("latents_out", f32, latent_shape),
-                ("x0", f32, latent_shape),
-                ("prediction", f32, (halves, "F", channels, "H", "W")),
+        ),
+        "conditioning": (
+            Conditioning(config, formats),
+            Signature(
+                (
+                    ("prompt_embeds", f32, ("B", "L", dt)),
+                    ("image_latents", f32, latents),
+                    ("pose_latents", f32, latents),
+                    weight("text_weight", dt, d),
+                    weight("text_bias", d),
+                    weight("patch_image_weight", k, d),
+                    weight("patch_pose_weight", k, d),
+                    weight("patch_bias", d),
+                    *position,
+                ),
+                (("text", r, ("B", "L", d)), ("image_tokens", r, (1, "N", d)), ("pose", r, (1, "N", d))),
+                sizes,
             ),
-            sizes,
-        )
-
-    keys_values = tuple((name, c, ("B", "K", d)) for name in ("keys", "values"))
-    video, active = (1, "N", d), ("active", torch.int64, ("A",))
-    signatures = {
-        "modulation": Signature((*time, *time_weights, *norm_weights), (("table", f32, ("T", 15, d)),), sizes),
-        "head_modulation": Signature(
-            (
-                *time,
-                *time_weights,
-                weight("norm_out_linear_weight", e, 2 * d),
-                weight("norm_out_linear_bias", 2 * d),
-                weight("norm_out_weight", d),
-                weight("norm_out_bias", d),
+        ),
+        "stem": (
+            Stem(config, formats),
+            Signature(
+                (("latents", f32, latents), ("image_tokens", r, (1, "N", d)), weight("patch_latent_weight", k, d)),
+                (("video", r, (1, "N", d)),),
+                sizes,
             ),
-            (("table", f32, ("T", 2, d)),),
-            sizes,
         ),
-        "conditioning": Signature(
-            (
-                ("prompt_embeds", f32, ("B", "L", dt)),
-                ("image_latents", f32, latent_shape),
-                ("pose_latents", f32, latent_shape),
-                weight("text_weight", dt, d),
-                weight("text_bias", d),
-                weight("patch_image_weight", k, d),
-                weight("patch_pose_weight", k, d),
-                weight("patch_bias", d),
-                *position,
-            ),
-            (("text", r, ("B", "L", d)), ("image_tokens", r, (1, "N", d)), ("pose", r, (1, "N", d))),
-            sizes,
-        ),
-        "stem": Signature(
-            (
-                ("latents", f32, latent_shape),
-                ("image_tokens", r, (1, "N", d)),
-                weight("patch_latent_weight", k, d),
-            ),
-            (("video", r, (1, "N", d)),),
-            sizes,
-        ),
-        "block": Signature(block_inputs("N", "S"), block_outputs("N"), sizes),
-        "head": head_signature("B"),
-        "head_reuse": head_signature(1, ("kept", f32, (2, "F", channels, "H", "W"))),
-        "trunk_keep": Signature((("stem", r, video), ("video", r, video)), (("residual", r, video),), sizes),
-        "trunk_reuse": Signature(
-            (("stem", r, video), ("newest", r, video), ("before", r, video), ("weights", f32, (2,))),
-            (("video_out", r, video),),
-            sizes,
-        ),
-        "trunk_probe": Signature(
-            (("video", r, video), ("modulation", f32, (15, d)), ("before", r, video)),
-            (("modulated", r, video), ("change", f32, (1,))),
-            sizes,
-        ),
-        "tokens_keep": Signature(
-            (*block_inputs("N", "S"), ("rows", torch.int64, ("K",))), (*block_outputs("N"), *keys_values), sizes
-        ),
-        "tokens_reuse": Signature((*block_inputs("A", "Q"), *keys_values), block_outputs("A"), sizes),
-        "tokens_take": Signature((("video", r, video), active), (("video_out", r, (1, "A", d)),), sizes),
-        "tokens_put": Signature(
-            (("video", r, video), ("rows", r, (1, "A", d)), active), (("video_out", r, video),), sizes
-        ),
+        "block": (Block(config, formats), block),
+        "head": (Head(config, formats), head_signature(config, formats, "B")),
     }
-    modules: dict[str, nn.Module] = {
-        "modulation": Modulation(config),
-        "head_modulation": HeadModulation(config),
-        "conditioning": Conditioning(config, formats),
-        "stem": Stem(config, formats),
-        "block": Block(config, formats),
-        "head": Head(config, formats),
-        "head_reuse": HeadReuse(config, formats),
-        "trunk_keep": TrunkKeep(formats),
-        "trunk_reuse": TrunkReuse(formats),
-        "trunk_probe": TrunkProbe(config, formats),
-        "tokens_keep": TokensKeep(config, formats),
-        "tokens_reuse": TokensReuse(config, formats),
-        "tokens_take": TokensTake(),
-        "tokens_put": TokensPut(),
-    }
-    made = {name: (modules[name], signatures[name]) for name in (*GRAPHS, *REUSE_GRAPHS)}
     if precision == "fp32":
-        own = (CpuBlock, CpuTokensKeep, CpuTokensReuse)
-        for name, module in zip(CPU_GRAPHS, own, strict=True):
-            made[name] = (module(config, formats), signatures[name.removesuffix("_cpu")])
+        made["block_cpu"] = CpuBlock(config, formats), block
     return made

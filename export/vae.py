@@ -26,8 +26,6 @@ of the sizes (those that would not be have a form of their own, below); each fin
 from __future__ import annotations
 
 import contextlib
-import logging
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,7 +44,7 @@ from ..bundle.errors import BundleError, InputError
 from ..bundle.manifest import Port
 from ..bundle.precision import SAFETENSORS_NAME, Precision
 from ..bundle.tensors import TensorInfo, read_header
-from .trace import IR_VERSION
+from .trace import IR_VERSION, exporting
 
 __all__ = ["GRAPHS", "GraphInfo", "VaeTensor", "WeightFile", "export_vae_graph", "vae_tensors"]
 
@@ -386,7 +384,7 @@ def _meta_vae(config: Mapping[str, Any], dtype: torch.dtype) -> AutoencoderKLCog
     if ratio not in (1, 2, 4, 8):
         raise InputError(f"The VAE's temporal_compression_ratio is {ratio!r}; it must be 1, 2, 4 or 8.")
     try:
-        with _quiet(), torch.device("meta"), _default_dtype(dtype):
+        with exporting(), torch.device("meta"), _default_dtype(dtype):
             vae = AutoencoderKLCogVideoX.from_config(dict(config)).eval()
     except (ValueError, TypeError, IndexError, AttributeError, RuntimeError) as error:
         raise InputError(f"The checkpoint's vae/config.json describes no VAE that can be built: {error}") from error
@@ -403,7 +401,7 @@ def _trace(
     """The graph with symbolic sizes and weights without data, and its inputs and outputs."""
     vae = _meta_vae(config, _TYPES[precision])
     module = _EncoderChunk(vae) if "encoder" in name else _DecoderChunk(vae)
-    with _quiet(), torch.no_grad():
+    with exporting():
         example, inputs, outputs = _interface(module, vae.config, name)
         program = torch.onnx.export(
             module.eval(),
@@ -538,19 +536,3 @@ def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
         yield
     finally:
         torch.set_default_dtype(before)
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keeps the tracing libraries' notes to developers off the user's terminal."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "diffusers", "onnxscript")]
-    levels = [logger.level for logger in loggers]
-    try:
-        for logger in loggers:
-            logger.setLevel(logging.ERROR)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)

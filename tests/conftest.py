@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -11,7 +12,6 @@ import pytest
 from filelock import FileLock
 from hypothesis import settings
 
-from pocket import MODEL
 from tests.cli_samples import without_graphs
 from tests.golden import model_dir
 
@@ -56,18 +56,23 @@ def share(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Share:
 
 
 Export = Callable[..., Path]
+WITH_REUSE = {
+    *(("cogvideox15-tiny", precision) for precision in ("fp32", "fp16", "bf16")),
+    *((model, "fp32") for model in ("cogvideox10-tiny", "learned")),
+}
 
 
 @pytest.fixture(scope="session")
 def exported(share: Share) -> Export:
-    """`exported(model, precision="fp32", denoiser_only=False)`: bundle of a golden model or of a spec in `benchmarks.checkpoints`.
+    """`exported(model, precision="fp32")`: bundle of a golden model or of a spec in `benchmarks.checkpoints`.
 
-    Do not write into it: copy it. The model "learned" is the 1.0-style one with a stored positional table, "pocket" the
-    trained one of this repository. `denoiser_only` leaves out the graphs of text encoder and VAE, where another model has the same.
+    Do not write into it: copy it. The model "learned" is the 1.0-style one with a stored positional table; its text encoder
+    and VAE are the 1.0 model's and have no graphs. `WITH_REUSE` says whose bundles hold the graphs of reuse between steps:
+    exports are what takes tests the longest.
     """
     pytest.importorskip("torch", reason="exporting needs the extra 'export'")
 
-    def bundle(model: str, precision: str = "fp32", *, denoiser_only: bool = False) -> Path:
+    def bundle(model: str, precision: str = "fp32") -> Path:
         def make(folder: Path) -> None:
             from benchmarks.checkpoints import SPECS, write_checkpoint
             from dynamictrl_edge.export.exporter import export_checkpoint
@@ -75,16 +80,15 @@ def exported(share: Share) -> Export:
             if model in SPECS:
                 checkpoint = folder / "checkpoint"
                 write_checkpoint(checkpoint, SPECS[model])
-            elif model == "pocket":
-                checkpoint = MODEL
             else:
                 checkpoint = _learned(share) if model == "learned" else model_dir(model)
             with pytest.MonkeyPatch.context() as patch:
-                if denoiser_only:
+                if model == "learned":
                     without_graphs(patch, "text_encoder", "vae")
-                export_checkpoint(checkpoint, folder / "bundle", precision=precision)  # type: ignore[arg-type]
+                export_checkpoint(checkpoint, folder / "bundle", precision=precision, reuse=reuse)  # type: ignore[arg-type]
 
-        return share(f"{model}-{precision}{'-denoiser' if denoiser_only else ''}", make) / "bundle"
+        reuse = (model, precision) in WITH_REUSE
+        return share(f"{model}-{precision}", make) / "bundle"
 
     return bundle
 
@@ -143,6 +147,21 @@ def learned_bundle(exported: Export) -> Path:
 
 
 @pytest.fixture(scope="session")
-def pocket_bundle(exported: Export) -> Path:
+def demo(share: Share) -> Path:
+    """What `dynamictrl demo` made: clip.mp4 and its sheet in a new folder, the bundle, and its answer in result.json."""
+    pytest.importorskip("torch", reason="the demo exports, which needs the extra 'export'")
+
+    def make(folder: Path) -> None:
+        from dynamictrl_edge.cli.main import run
+
+        out, bundle = folder / "new" / "folder" / "clip.mp4", folder / "bundle"
+        with (folder / "result.json").open("w") as answer, contextlib.redirect_stdout(answer):
+            assert run(["demo", "--out", str(out), "--bundle", str(bundle), "--json"]) == 0
+
+    return share("demo", make)
+
+
+@pytest.fixture(scope="session")
+def pocket_bundle(demo: Path) -> Path:
     """float32 bundle of the pocket model."""
-    return exported("pocket")
+    return demo / "bundle"

@@ -453,9 +453,9 @@ def test_animate_prints_json_alone_on_stdout(
     result = made(capsys, arguments)
     assert list(result) == [
         "out", "seed", "frames", "width", "height", "fps", "steps", "guidance", "backend", "latents", "seconds",
-        "planned_peak_gb", "resident_blocks", "tiled", "notices",
+        "planned_peak_gb", "resident_blocks", "tiled", "reuse", "notices",
     ]  # fmt: skip
-    assert result["latents"] is None
+    assert result["latents"] is None and result["reuse"] is None
     assert (result["out"], result["seed"], result["steps"], result["backend"]) == (
         str(tmp_path / "clip.mp4"), 9, 2, "onnxruntime",
     )  # fmt: skip
@@ -548,17 +548,15 @@ def test_compare_measures_a_difference_between_a_folder_and_a_video(
     assert 20 < lossy["psnr"]["worst"] < 60
 
 
-def test_the_demo_runs_from_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    pytest.importorskip("torch", reason="the demo exports, which needs the extra 'export'")
-    out = tmp_path / "new" / "folder" / "demo.mp4"
-    bundle = tmp_path / "bundle"
-    result = made(capsys, ["demo", "--out", str(out), "--bundle", str(bundle)])
+def test_the_demo_runs_from_end_to_end(demo: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out, bundle = demo / "new" / "folder" / "clip.mp4", demo / "bundle"
+    result = json.loads((demo / "result.json").read_text())
     assert_video(out, 17, 8, 64, 96)
     assert result["frames"] == 17
     assert result["psnr"] > 18  # noise has 6 to 8
     with Image.open(result["sheet"]) as picture:
         assert picture.height > 4 * 192
-    assert sorted(p.name for p in out.parent.iterdir()) == ["demo-sheet.png", "demo.mp4"]
+    assert sorted(p.name for p in out.parent.iterdir()) == ["clip-sheet.png", "clip.mp4"]
     assert made(capsys, ["inspect", str(bundle)])["precision"] == "fp32"
 
 
@@ -679,6 +677,13 @@ def test_export_passes_its_options_on_and_replaces_a_bundle(
     assert out == "" and err.startswith(f"Wrote {bundle}: ") and "fp32" in err
     assert sorted(path.name for path in bundle.iterdir()) == ["bundle.json", "graphs", "tokenizer.json", "weights"]
     assert list(tmp_path.iterdir()) == [bundle]
+
+    from dynamictrl_edge.export import components
+
+    asked: list[str] = []
+    monkeypatch.setattr(components, "reuse_modules", lambda *_: asked.append("reuse") or {})
+    assert run([*command, "--force", "--no-reuse"]) == 0 and asked == []
+    assert run([*command, "--force"]) == 0 and asked == ["reuse"]
 
 
 def test_a_relative_output_name_is_written_where_the_caller_is(

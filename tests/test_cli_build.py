@@ -20,7 +20,7 @@ from dynamictrl_edge.engines.machine import Gpu, Machine
 from dynamictrl_edge.engines.profiles import buildable_graphs
 from dynamictrl_edge.engines.report import read_report
 from dynamictrl_edge.engines.targets import TARGETS
-from tests.conftest import Export
+from tests.conftest import WITH_REUSE, Export
 from tests.engine_samples import SMALL, needs_rtx, some_graphs
 
 Capture = pytest.CaptureFixture[str]
@@ -30,8 +30,12 @@ PRECISIONS = ("fp16", "bf16", "fp32")
 # The models in every precision, for every capability that has it; float32 attention has no fused kernel. The checkpoint with
 # the stored table has the 1.0 model's text encoder and VAE, which are not built twice.
 CASES = [
-    *((m, precision, False) for m in ("cogvideox10-tiny", "cogvideox15-tiny", "bench-27m") for precision in PRECISIONS),
-    *(("learned", precision, True) for precision in PRECISIONS),
+    *(
+        (model, precision, 12)
+        for model in ("cogvideox10-tiny", "cogvideox15-tiny", "bench-27m")
+        for precision in PRECISIONS
+    ),
+    *(("learned", precision, 6) for precision in PRECISIONS),
 ]
 
 
@@ -51,12 +55,12 @@ def refused(code: int, arguments: list[str], capsys: Capture) -> str:
 
 
 @needs_rtx
-@pytest.mark.parametrize(("model", "precision", "denoiser_only"), CASES)
+@pytest.mark.parametrize(("model", "precision", "count"), CASES)
 def test_every_graph_of_every_model_builds_for_every_workstation(
-    model: str, precision: str, denoiser_only: bool, exported: Export, tmp_path: Path, capsys: Capture
+    model: str, precision: str, count: int, exported: Export, tmp_path: Path, capsys: Capture
 ) -> None:
     bundle = tmp_path / "bundle"
-    shutil.copytree(exported(model, precision, denoiser_only=denoiser_only), bundle)
+    shutil.copytree(exported(model, precision), bundle)
     targets = [*WORKSTATIONS, *(["rtx20"] if precision == "fp16" else [])]
     options = [word for target in targets for word in ("--target", target)]
     (made,) = build_json(bundle, *options, "--tile", "64x48", capsys=capsys)
@@ -66,7 +70,7 @@ def test_every_graph_of_every_model_builds_for_every_workstation(
         == set(buildable_graphs(manifest))
         == set(manifest.graphs) - {*("block_cpu", "tokens_keep_cpu", "tokens_reuse_cpu")}
     )
-    assert len(made["engines"]) == (6 if denoiser_only else 12)
+    assert len(made["engines"]) == count + (8 if (model, precision) in WITH_REUSE else 0)
     assert {tuple(pair) for pair in made["capabilities"]} == {TARGETS[name].capability for name in targets}
     engines = read_engine_set(Path(made["folder"]))
     for name, entry in engines.engines.items():

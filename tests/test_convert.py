@@ -22,6 +22,7 @@ from dynamictrl_edge.bundle.tensors import MappedTensors
 from dynamictrl_edge.export.checkpoint import Checkpoint, ComponentTensors
 from dynamictrl_edge.export.convert import Converter, source_shapes
 from dynamictrl_edge.export.recipe import Recipe
+from dynamictrl_edge.export.reuse import reuse_modules
 from dynamictrl_edge.export.transformer import graph_modules
 from dynamictrl_edge.export.transformer_weights import (
     block_recipes,
@@ -259,8 +260,10 @@ def test_every_weight_input_of_a_graph_is_made_by_a_recipe(model: str, precision
     assert not block.keys() & shared.keys()
     assert not modulation.keys() & shared.keys()
     used: set[str] = set()
-    for name, (_, signature) in graph_modules(config, precision).items():
-        store = shared | {"block": block, "modulation": modulation}.get(name, {})
+    for name, (_, signature) in {**graph_modules(config, precision), **reuse_modules(config, precision)}.items():
+        store = shared | (
+            modulation if name == "modulation" else block if name.startswith(("block", "tokens_")) else {}
+        )
         for port, dtype, shape in signature.inputs:
             if port not in store:
                 continue  # data

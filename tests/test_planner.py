@@ -482,7 +482,7 @@ def test_estimates_equal_the_report_of_engines_built_now(tmp_path: Path) -> None
 
 
 def test_every_graph_but_those_of_reuse_can_be_estimated(exported: Export) -> None:
-    from dynamictrl_edge.export.transformer import REUSE_GRAPHS
+    from dynamictrl_edge.export.reuse import REUSE_GRAPHS
 
     manifest = read_manifest(exported("cogvideox15-tiny"))
     options = BuildOptions(sizes=(ClipSize(height=64, width=64, frames=13),), tile=(6, 8))

@@ -24,7 +24,7 @@ from pocket.training.muon import Muon, orthogonal
 from pocket.training.networks import make_text_encoder, make_transformer, make_vae
 from pocket.training.settings import FULL, SMOKE
 from pocket.training.train import _scaling, train
-from pocket.training.train_dit import Networks, sample
+from pocket.training.train_dit import Networks, sample, train_dit
 from pocket.training.trainer import Trainer, learning_rate
 
 
@@ -49,7 +49,9 @@ def test_a_smoke_training_ends_in_a_checkpoint(trained: tuple[Path, Networks]) -
 
 def test_the_bundle_animates_as_the_networks_do(trained: tuple[Path, Networks]) -> None:
     folder, networks = trained
-    export_checkpoint(folder / "checkpoint", folder / "bundle", height=ROWS, width=COLUMNS, frames=FRAMES, fps=8)
+    export_checkpoint(
+        folder / "checkpoint", folder / "bundle", height=ROWS, width=COLUMNS, frames=FRAMES, fps=8, reuse=False
+    )
     clip = make_clip("held-out", 0, masking="none")
     animate, codec = of_bundle(folder / "bundle", steps=2, threads=1)
     made = animate(clip.reference, clip.pose, clip.caption, 0, 1.0)
@@ -136,7 +138,7 @@ def test_a_state_holds_weights_averages_moments_and_random_numbers(tmp_path: Pat
 
     first = trainer()
     model = first.models["m"]
-    first.run(lambda: {"loss": model(torch.randn(4, 2, generator=first.noise)).square().mean()}, {})
+    first.run(lambda: [lambda: {"loss": model(torch.randn(4, 2, generator=first.noise)).square().mean()}], {})
     again = trainer()
     assert again.done and again.progress.step == 3
     for name, parameter in first.parameters.items():
@@ -149,6 +151,26 @@ def test_a_state_holds_weights_averages_moments_and_random_numbers(tmp_path: Pat
         assert all(torch.equal(before[key], after[key]) for key in before)
     assert torch.equal(again.noise.get_state(), first.noise.get_state())
     assert again.random.random() == first.random.random()
+
+
+def test_a_step_shared_by_threads_is_the_step_of_one(tmp_path: Path) -> None:
+    settings = dataclasses.replace(SMOKE, dit=dataclasses.replace(SMOKE.dit, batch=4), sheet_every=1000, sheet_clips=2)
+    language_folder = tmp_path / "tokenizer"
+    language_folder.mkdir()
+    write_tokenizer(language_folder, settings.shapes.vocabulary)
+    language = Language(language_folder, settings.shapes.text_length)
+    torch.manual_seed(0)
+    vae = make_vae(settings.shapes).eval().requires_grad_(False)
+    states = []
+    for threads in (1, 2):
+        folder = tmp_path / str(threads)
+        train_dit(folder, settings, vae, language, 1.0, threads, lambda networks: None)
+        states.append(load_file(folder / "state.safetensors"))
+        lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+        states[-1]["losses"] = torch.tensor([lines[-1][name] for name in ("loss", "mse", "mse_noisy", "mse_clean")])
+    alone, shared = states
+    for name, value in alone.items():
+        torch.testing.assert_close(shared[name], value, rtol=1e-3, atol=1e-4, msg=name)
 
 
 @pytest.mark.parametrize("shape", [(6, 20), (20, 6), (8, 8)])

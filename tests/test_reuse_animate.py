@@ -106,7 +106,10 @@ def test_a_bundle_from_before_is_refused_with_the_way_out(bundle15: Path, tmp_pa
     shutil.copytree(bundle15, old)
     later = ("trunk_keep", "trunk_reuse", "tokens_keep", "tokens_reuse", "tokens_take", "tokens_put")
     edit(old, lambda manifest: [manifest["graphs"].pop(name) for name in later])
-    with pytest.raises(BundleError, match=r"before --reuse tokens existed.*tokens_keep.*Export the checkpoint again"):
+    with pytest.raises(
+        BundleError,
+        match=r"lacks the graphs of --reuse tokens \(tokens_keep.*Export the checkpoint again, without --no-reuse",
+    ):
         Animator.from_bundle(old, cache=False).start(**arguments(CASE, reuse="tokens"))
 
 

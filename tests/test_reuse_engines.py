@@ -22,7 +22,7 @@ GRAPHS = (
 @pytest.fixture(scope="module")
 def engines(exported: Export, tmp_path_factory: pytest.TempPathFactory) -> EngineSet:
     """One build for SM86, SM89 and SM120; it refuses engines that break a rule."""
-    source = exported("cogvideox15-tiny", "fp16", denoiser_only=True)
+    source = exported("cogvideox15-tiny", "fp16")
     bundle = Bundle(some_graphs(source, tmp_path_factory.mktemp("reuse") / "bundle", GRAPHS))
     return build_set(bundle, plan_for(bundle.root, "rtx3060", "rtx4090", "rtx5090")).engines
 
@@ -37,7 +37,7 @@ def test_all_of_them_build_for_three_generations_without_a_broken_rule(engines: 
 def test_attention_is_fused_and_no_weight_is_inside(name: str, engines: EngineSet, exported: Export) -> None:
     entry = engines.engines[name]
     assert entry.fused_attention == 1
-    block = Bundle(exported("cogvideox15-tiny", "fp16", denoiser_only=True)).tensors("block_00").nbytes
+    block = Bundle(exported("cogvideox15-tiny", "fp16")).tensors("block_00").nbytes
     assert entry.weights_bytes < min(block / 4, CONSTANTS_LIMIT)
 
 

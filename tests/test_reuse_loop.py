@@ -78,7 +78,7 @@ class Model:
 @pytest.fixture(scope="session")
 def model(exported: Export) -> Any:
     """`model(name)`"""
-    return cache(lambda name: Model(exported(name, denoiser_only=True)))
+    return cache(lambda name: Model(exported(name)))
 
 
 def policy_of(text: str) -> ReusePolicy:

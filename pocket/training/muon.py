@@ -7,6 +7,8 @@ which processors without such instructions compute many times slower than float3
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from concurrent.futures import Executor
+from functools import partial
 from typing import Any
 
 import torch
@@ -32,26 +34,33 @@ def orthogonal(matrix: Tensor, rounds: int = 5) -> Tensor:
 class Muon(torch.optim.Optimizer):
     """For matrices and convolution kernels ([out, in, ...], taken as [out, everything else]).
 
-    Steps are scaled to the root mean square of Adam's (0.2 of the rate), so that learning rates mean alike.
+    Steps are scaled to the root mean square of Adam's (0.2 of the rate), so that learning rates mean alike. The threads of
+    `pool`, where there is one, take a parameter each: the matrices are too small to be shared out themselves.
     """
 
-    def __init__(self, parameters: Iterable[nn.Parameter], lr: float, momentum: float = 0.95) -> None:
+    def __init__(
+        self, parameters: Iterable[nn.Parameter], lr: float, momentum: float = 0.95, pool: Executor | None = None
+    ) -> None:
         super().__init__(parameters, {"lr": lr, "momentum": momentum})
+        self.pool = pool
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> Any:
         """One Nesterov step. `closure` is not supported."""
         for group in self.param_groups:
-            keep = group["momentum"]
-            for parameter in group["params"]:
-                if parameter.grad is None:
-                    continue
-                state = self.state[parameter]
-                if not state:
-                    state["momentum"] = torch.zeros_like(parameter)
-                state["momentum"].lerp_(parameter.grad, 1 - keep)
-                ahead = parameter.grad.lerp(state["momentum"], keep)
-                update = orthogonal(ahead.flatten(1))
-                scale = 0.2 * max(update.shape) ** 0.5
-                parameter.add_(update.view_as(parameter), alpha=-group["lr"] * scale)
+            trained = [parameter for parameter in group["params"] if parameter.grad is not None]
+            update = partial(self._update, rate=group["lr"], keep=group["momentum"])
+            list(map(update, trained) if self.pool is None else self.pool.map(update, trained))
         return None
+
+    @torch.no_grad()
+    def _update(self, parameter: nn.Parameter, rate: float, keep: float) -> None:
+        assert parameter.grad is not None
+        state = self.state[parameter]
+        if not state:
+            state["momentum"] = torch.zeros_like(parameter)
+        state["momentum"].lerp_(parameter.grad, 1 - keep)
+        ahead = parameter.grad.lerp(state["momentum"], keep)
+        step = orthogonal(ahead.flatten(1))
+        scale = 0.2 * max(step.shape) ** 0.5
+        parameter.add_(step.view_as(parameter), alpha=-rate * scale)

@@ -10,6 +10,7 @@ import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from .latents import Batch, LatentStore, moments
 from .networks import SCHEDULER, make_text_encoder, make_transformer, rotary
 from .settings import Settings
 from .start import load_weights
-from .trainer import Trainer
+from .trainer import Part, Trainer
 
 __all__ = ["Networks", "sample", "train_dit"]
 
@@ -88,17 +89,18 @@ def train_dit(
         alphas = CogVideoXDPMScheduler.from_config(SCHEDULER).alphas_cumprod.float()
         tables = rotary(settings.shapes)
 
-        def loss() -> dict[str, Tensor]:
+        def parts() -> list[Part]:
             ready = min(run.clips, FIRST + trainer.progress.step // 2)  # the rest is encoded as training goes
             store.ensure(ready)
             batch = store.batch(trainer.random, trainer.noise, ready, run.batch, run.masked_share, run.caption_dropout)
-            return _loss(networks, batch, alphas, tables, trainer)
+            count = threads if run.batch % threads == 0 else 1
+            return _losses(networks, batch, alphas, tables, trainer, count)
 
         def look() -> None:
             _sheet(folder, networks, trainer, settings.sheet_clips)
             keep(networks)
 
-        trainer.run(loss, {settings.sheet_every: look})
+        trainer.run(parts, {settings.sheet_every: look})
     with torch.no_grad():
         for name, parameter in trainer.parameters.items():
             parameter.copy_(trainer.averaged[name])
@@ -107,9 +109,10 @@ def train_dit(
     return networks
 
 
-def _loss(
-    networks: Networks, batch: Batch, alphas: Tensor, tables: tuple[Tensor, Tensor], trainer: Trainer
-) -> dict[str, Tensor]:
+def _losses(
+    networks: Networks, batch: Batch, alphas: Tensor, tables: tuple[Tensor, Tensor], trainer: Trainer, count: int
+) -> list[Part]:
+    """The loss of a batch, in `count` equal shares of it."""
     run, scaling = networks.settings.dit, networks.scaling_factor
     clean = batch.video * scaling
     size = len(clean)
@@ -120,21 +123,32 @@ def _loss(
     noise = torch.randn(clean.shape, generator=trainer.noise)
     noisy = alpha.sqrt() * clean + (1 - alpha).sqrt() * noise
     velocity = alpha.sqrt() * noise - (1 - alpha).sqrt() * clean
-
     image = torch.cat([batch.image[:, None], torch.zeros_like(clean[:, 1:])], dim=1)
-    predicted = networks.transformer(
-        torch.cat([noisy, image], dim=2),
-        networks.text_encoder(batch.tokens)[0],
-        timesteps,
-        batch.pose * scaling,
-        tables,
-        torch.full((1,), OFS_VALUE),
-    )
-    square = (predicted - velocity).square()
+    latents = torch.cat([noisy, image], dim=2)
+    pose = batch.pose * scaling
     weight = 1 + run.person_weight * batch.person
-    loss = (weight * square).mean() / weight.mean()
-    late, early = square[size // 2 :].mean(), square[: size // 2].mean()
-    return {"loss": loss, "mse": square.mean().detach(), "mse_noisy": late.detach(), "mse_clean": early.detach()}
+    weight = weight / weight.mean()
+
+    def share(index: int) -> dict[str, Tensor]:
+        rows = slice(index, None, count)  # every share has all spans of time
+        predicted = networks.transformer(
+            latents[rows],
+            networks.text_encoder(batch.tokens[rows])[0],
+            timesteps[rows],
+            pose[rows],
+            tables,
+            torch.full((1,), OFS_VALUE),
+        )
+        square = (predicted - velocity[rows]).square()
+        middle = len(square) // 2
+        return {
+            "loss": (weight[rows] * square).mean(),
+            "mse": square.mean().detach(),
+            "mse_noisy": square[middle:].mean().detach(),
+            "mse_clean": square[:middle].mean().detach(),
+        }
+
+    return [partial(share, index) for index in range(count)]
 
 
 @torch.no_grad()

@@ -23,7 +23,7 @@ from .drawn import DrawnClips
 from .networks import make_vae
 from .settings import Settings
 from .start import load_weights
-from .trainer import Trainer
+from .trainer import Part, Trainer
 
 __all__ = ["photo_psnr", "train_vae"]
 
@@ -62,12 +62,12 @@ def train_vae(
     if not trainer.done:
         drawn = DrawnClips(folder, run.clips)
 
-        def loss() -> dict[str, Tensor]:
+        def parts() -> list[Part]:
             ready = min(run.clips, FIRST + trainer.progress.step)  # the rest is drawn as training goes
             drawn.ensure(ready)
-            return _loss(vae, drawn.pixels[:ready], trainer, settings, stills=start is None)
+            return [lambda: _loss(vae, drawn.pixels[:ready], trainer, settings, stills=start is None)]
 
-        trainer.run(loss, {settings.sheet_every: lambda: _sheet(folder, vae, trainer, settings.sheet_clips)}, log=25)
+        trainer.run(parts, {settings.sheet_every: lambda: _sheet(folder, vae, trainer, settings.sheet_clips)}, log=25)
     with torch.no_grad():
         for name, parameter in trainer.parameters.items():
             parameter.copy_(trainer.averaged[name])

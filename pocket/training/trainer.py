@@ -11,7 +11,8 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,7 +24,9 @@ from torch import Tensor, nn
 
 from .muon import Muon
 
-__all__ = ["Progress", "Trainer", "learning_rate"]
+__all__ = ["Part", "Progress", "Trainer", "learning_rate"]
+
+Part = Callable[[], dict[str, Tensor]]  # named terms of a step's loss, over a share of its batch
 
 
 def learning_rate(share: float, step: int, peak: float, warm_up: int) -> float:
@@ -78,6 +81,7 @@ class Trainer:
             f"{m}.{n}": p for m, model in models.items() for n, p in model.named_parameters() if p.requires_grad
         }
         self.averaged = {name: p.detach().clone() for name, p in self.parameters.items()}
+        self._pool = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
         muon = {n: p for n, p in self.parameters.items() if p.ndim > 1 and hidden(n)}
         others = [p for n, p in self.parameters.items() if n not in muon]
         # With the peak of its learning rate.
@@ -85,7 +89,7 @@ class Trainer:
             (torch.optim.AdamW(others, lr=peak, betas=(0.9, 0.99), weight_decay=0.0), peak)
         ]
         if muon:
-            self.optimizers.append((Muon(muon.values(), lr=hidden_peak), hidden_peak))
+            self.optimizers.append((Muon(muon.values(), lr=hidden_peak, pool=self._pool), hidden_peak))
         self.random = np.random.Generator(np.random.PCG64(seed))
         self.noise = torch.Generator().manual_seed(seed)
         self.progress = Progress()
@@ -104,24 +108,23 @@ class Trainer:
         """How much of the budget is spent, 0..1."""
         return self.progress.share(self.steps, self.hours)
 
-    def run(
-        self, loss: Callable[[], dict[str, Tensor]], every: Mapping[int, Callable[[], None]], log: int = 50
-    ) -> None:
-        """Steps until the budget is spent. `loss()` gives named terms, "loss" being the one that is minimised.
+    def run(self, parts: Callable[[], Sequence[Part]], every: Mapping[int, Callable[[], None]], log: int = 50) -> None:
+        """Steps until the budget is spent. `parts()` gives equal shares of a step's batch, each of which computes named
+        terms, "loss" being the one that is minimised; random numbers are drawn before.
+
+        One part has all the threads. Several are computed side by side with one thread each: small matrices keep two
+        threads of one operation waiting for each other, and two operations with a thread each do not wait.
 
         `every`: step interval -> what is done then, with the averaged weights in place.
         """
         kept = time.monotonic()
         while not self.done:
             began = time.monotonic()
+            terms = self._gradients(parts())
             rate = self.pace * learning_rate(self.share, self.progress.step, 1.0, self.warm_up)
             for optimizer, peak in self.optimizers:
                 for group in optimizer.param_groups:
                     group["lr"] = peak * rate
-            terms = loss()
-            for parameter in self.parameters.values():
-                parameter.grad = None
-            terms["loss"].backward()
             norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), 1.0)
             if torch.isfinite(norm):
                 for optimizer, _ in self.optimizers:
@@ -130,7 +133,7 @@ class Trainer:
             self._average()
             spent = time.monotonic() - began
             self.progress.seconds += min(spent, LONGEST)
-            for name, value in {**{k: float(v.detach()) for k, v in terms.items()}, "norm": float(norm)}.items():
+            for name, value in {**terms, "norm": float(norm)}.items():
                 self._losses.setdefault(name, []).append(value)
             if self.progress.step % log == 0 or self.done:
                 self._log(rate, spent)
@@ -141,6 +144,22 @@ class Trainer:
             if time.monotonic() - kept >= self.keep_every or self.done:
                 self.save()
                 kept = time.monotonic()
+
+    def _gradients(self, parts: Sequence[Part]) -> dict[str, float]:
+        """Leaves the mean of the parts' gradients in the parameters; the mean of their terms."""
+        parameters = list(self.parameters.values())
+
+        def one(part: Part) -> tuple[dict[str, Tensor], tuple[Tensor | None, ...]]:
+            terms = part()
+            return terms, torch.autograd.grad(terms["loss"], parameters, allow_unused=True)
+
+        done = [one(parts[0])] if len(parts) == 1 else list(self._pool.map(one, parts))
+        for parameter, *shares in zip(parameters, *(gradients for _, gradients in done), strict=True):
+            parameter.grad = torch.zeros_like(parameter)  # laid out as the parameter, whatever its shares are
+            for share in shares:
+                if share is not None:
+                    parameter.grad.add_(share, alpha=1 / len(parts))
+        return {name: sum(float(terms[name].detach()) for terms, _ in done) / len(parts) for name in done[0][0]}
 
     def averaged_weights(self) -> _Swapped:
         """A context in which the models hold their averaged weights."""

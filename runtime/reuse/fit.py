@@ -33,8 +33,8 @@ def check_graphs(manifest: Manifest, root: str, policy: ReusePolicy, *, guided: 
     lacking = [name for name in needed_graphs(policy, guided=guided) if name not in manifest.graphs]
     if lacking:
         raise BundleError(
-            f"The bundle {root!r} was exported before --reuse {policy.name} existed: it lacks the graphs "
-            f"{', '.join(lacking)}. Export the checkpoint again with this version, or use --reuse {OFF}."
+            f"The bundle {root!r} lacks the graphs of --reuse {policy.name} ({', '.join(lacking)}): it was exported without "
+            f"them, or before they existed. Export the checkpoint again, without --no-reuse, or use --reuse {OFF}."
         )
     if policy.reuses_tokens and manifest.quantization is not None:
         # The graphs of token steps take a block's weights as they are before quantization.
