@@ -200,7 +200,7 @@ def write_checkpoint(
     total_bytes = 0
     with atomic_folder(folder) as target:
         _write_json(target / "model_index.json", _model_index(without))
-        _write_json(target / "scheduler" / "scheduler_config.json", _scheduler_config(spec))
+        _write_json(target / "scheduler" / "scheduler_config.json", scheduler_config(1.0 if spec.is_15 else 3.0))
         if "text" not in without:
             shutil.copytree(TOKENIZER, target / "tokenizer")
         for component, stem, config in (
@@ -379,19 +379,19 @@ def _model_index(without: Sequence[str]) -> dict[str, Any]:
     }
     left_out = set(without) | ({"text_encoder", "tokenizer"} if "text" in without else set())
     kept = {name: value for name, value in parts.items() if name not in left_out}
-    return _diffusers_config("DynamiCtrlAnimationPipeline") | kept
+    return diffusers_config("DynamiCtrlAnimationPipeline") | kept
 
 
-def _diffusers_config(class_name: str) -> dict[str, Any]:
+def diffusers_config(class_name: str) -> dict[str, Any]:
     return {"_class_name": class_name, "_diffusers_version": VERSIONS["diffusers"]}
 
 
 def transformer_config(spec: Spec) -> dict[str, Any]:
-    return _diffusers_config("DynamiCtrlTransformerModel") | dataclasses.asdict(spec.transformer)
+    return diffusers_config("DynamiCtrlTransformerModel") | dataclasses.asdict(spec.transformer)
 
 
 def vae_config(spec: Spec) -> dict[str, Any]:
-    return _diffusers_config("AutoencoderKLCogVideoX") | {
+    return diffusers_config("AutoencoderKLCogVideoX") | {
         "act_fn": "silu",
         "block_out_channels": list(spec.vae.channels),
         "down_block_types": ["CogVideoXDownBlock3D"] * 4,
@@ -417,16 +417,25 @@ def vae_config(spec: Spec) -> dict[str, Any]:
 
 
 def text_config(spec: Spec) -> dict[str, Any]:
+    text = spec.text
+    shape = t5_config(
+        spec.transformer.text_embed_dim, text.key_width, text.feed_forward, text.heads, text.layers, text.vocabulary
+    )
+    return shape | {"classifier_dropout": 0.0, "dropout_rate": 0.1, "dtype": FORMATS[spec.dtype][1]}
+
+
+def t5_config(
+    width: int, key_width: int, feed_forward: int, heads: int, layers: int, vocabulary: int
+) -> dict[str, Any]:
+    """`text_encoder/config.json` of a T5 1.1 encoder without dropout; `key_width`: of one head."""
     return {
         "architectures": ["T5EncoderModel"],
-        "classifier_dropout": 0.0,
-        "d_ff": spec.text.feed_forward,
-        "d_kv": spec.text.key_width,
-        "d_model": spec.transformer.text_embed_dim,
+        "d_ff": feed_forward,
+        "d_kv": key_width,
+        "d_model": width,
         "decoder_start_token_id": 0,
         "dense_act_fn": "gelu_new",
-        "dropout_rate": 0.1,
-        "dtype": FORMATS[spec.dtype][1],
+        "dropout_rate": 0.0,
         "eos_token_id": 1,
         "feed_forward_proj": "gated-gelu",
         "initializer_factor": 1.0,
@@ -434,21 +443,22 @@ def text_config(spec: Spec) -> dict[str, Any]:
         "is_gated_act": True,
         "layer_norm_epsilon": 1e-06,
         "model_type": "t5",
-        "num_decoder_layers": spec.text.layers,
-        "num_heads": spec.text.heads,
-        "num_layers": spec.text.layers,
+        "num_decoder_layers": layers,
+        "num_heads": heads,
+        "num_layers": layers,
         "pad_token_id": 0,
         "relative_attention_max_distance": 128,
         "relative_attention_num_buckets": 32,
         "tie_word_embeddings": False,
         "transformers_version": VERSIONS["transformers"],
         "use_cache": False,
-        "vocab_size": spec.text.vocabulary,
+        "vocab_size": vocabulary,
     }
 
 
-def _scheduler_config(spec: Spec) -> dict[str, Any]:
-    return _diffusers_config("CogVideoXDPMScheduler") | {
+def scheduler_config(snr_shift_scale: float) -> dict[str, Any]:
+    """`scheduler/scheduler_config.json`; 1.5-style models shift nothing (1.0), 1.0-style ones by 3.0."""
+    return diffusers_config("CogVideoXDPMScheduler") | {
         "beta_end": 0.012,
         "beta_schedule": "scaled_linear",
         "beta_start": 0.00085,
@@ -459,7 +469,7 @@ def _scheduler_config(spec: Spec) -> dict[str, Any]:
         "rescale_betas_zero_snr": True,
         "sample_max_value": 1.0,
         "set_alpha_to_one": True,
-        "snr_shift_scale": 1.0 if spec.is_15 else 3.0,
+        "snr_shift_scale": snr_shift_scale,
         "steps_offset": 0,
         "timestep_spacing": "trailing",
         "trained_betas": None,

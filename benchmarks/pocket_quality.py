@@ -42,7 +42,9 @@ def main() -> int:
     seconds: list[float] = []
     with tempfile.TemporaryDirectory() as folder:
         began = time.perf_counter()
-        export_checkpoint(given.model, Path(folder) / "bundle", height=ROWS, width=COLUMNS, frames=FRAMES, fps=8)
+        export_checkpoint(
+            given.model, Path(folder) / "bundle", height=ROWS, width=COLUMNS, frames=FRAMES, fps=8, reuse=False
+        )
         exported = time.perf_counter() - began
         animate, codec = of_bundle(Path(folder) / "bundle", steps=given.steps, threads=given.threads)
         report = evaluate(

@@ -36,9 +36,10 @@ from dynamictrl_edge.bundle.store import Bundle
 from dynamictrl_edge.calibration.block_graph import LINEARS, inputs_of
 from dynamictrl_edge.calibration.calibrate import Options, calibrate
 from dynamictrl_edge.calibration.decide import Settings
-from dynamictrl_edge.calibration.graphs import read_model, spec_of
+from dynamictrl_edge.calibration.graphs import read_model
 from dynamictrl_edge.calibration.measure import decibels, output_snr
-from dynamictrl_edge.calibration.samples import Sample, read_samples
+from dynamictrl_edge.calibration.samples import Sample, pocket_samples, read_samples
+from dynamictrl_edge.export.workspace import spec_of
 from dynamictrl_edge.runtime import Animator
 from dynamictrl_edge.runtime.animator import Prepared, to_uint8
 from dynamictrl_edge.runtime.backends.onnxruntime import OnnxRuntimeBackend, OrtGraph
@@ -47,25 +48,26 @@ from dynamictrl_edge.runtime.metrics import psnr
 from dynamictrl_edge.runtime.noise import NoiseSource
 from dynamictrl_edge.runtime.scheduler import Schedule, make_schedule
 from dynamictrl_edge.runtime.vae import VAEDecoder
+from pocket.clips import COLUMNS, FRAMES, ROWS, make_clip
+from pocket.clips import Clip as Drawn
+from pocket.measures import limb_errors
 
 DATA = ("video", "text", "pose", "modulation", "rope_cos", "rope_sin")  # what of a block's inputs is no weight
 METHODS = ("MinMax", "Entropy", "Percentile")
 MOST_CALLS = 48  # that `quantize_static` calibrates a block with: its histograms keep all that they see
-GUIDANCE = 3.0
-FRAMES_JUDGED = 8  # clips that are decoded
 
 Arrays = dict[str, np.ndarray]
 
 
 @dataclass(frozen=True)
 class Clip:
-    """A held-out sample, the float model's way through the loop, and the true frames where they are known."""
+    """A held-out sample, the float model's way through the loop, and the drawn clip that it should be, where there is one."""
 
     ready: Prepared
     starts: list[np.ndarray]
     predictions: list[np.ndarray]
     final: np.ndarray
-    truth: np.ndarray | None
+    drawn: Drawn | None
 
 
 def main() -> None:
@@ -77,31 +79,32 @@ def main() -> None:
     parser.add_argument("--schemes", nargs="+", default=["int8", "fp8", "int8-weights"])
     parser.add_argument("--peers", nargs="*", default=list(METHODS), choices=METHODS)
     parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--guidance", type=float, default=1.0, help="of the clips that are judged")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int)
     parser.add_argument("--name", default="quantization", help="name of the receipt")
     arguments = parser.parse_args()
     if (arguments.pocket is None) == (arguments.data is None or arguments.held_out is None):
         parser.error("give --data and --held-out, or --pocket")
-    if arguments.pocket:
-        seen, judged = pocket(*arguments.pocket)
-    else:
-        seen, judged = ([(sample, None) for sample in read_samples(p)] for p in (arguments.data, arguments.held_out))
-
     animator = Animator.from_bundle(arguments.bundle, threads=arguments.threads, cache=False)
-    schedule = make_schedule(animator.scheduler, arguments.steps)
-    exact = Contender(animator.bundle, _backend(animator), schedule)
-    clips = [exact.walk(prepared(animator, sample, arguments.steps), truth) for sample, truth in judged]
+    judged: list[tuple[Sample, Drawn | None]]
+    if arguments.pocket:
+        seen, judged = pocket(animator.bundle, *arguments.pocket)
+    else:
+        seen = read_samples(arguments.data)
+        judged = [(sample, None) for sample in read_samples(arguments.held_out)]
+
+    schedule, guidance = make_schedule(animator.scheduler, arguments.steps), arguments.guidance
+    exact = Contender(animator.bundle, _backend(animator), schedule, guidance)
+    clips = [exact.walk(prepared(animator, sample, arguments.steps, guidance), drawn) for sample, drawn in judged]
     figures: dict[str, Any] = {"float": {"bytes": weights_bytes(animator.bundle), **frames(animator, clips, None)}}
     with tempfile.TemporaryDirectory() as name:
         for scheme in arguments.schemes:
             folder = Path(name) / scheme
             options = Options(settings=Settings(scheme=scheme), steps=arguments.steps, report=False)
-            made = calibrate(
-                arguments.bundle, folder, [sample for sample, _ in seen], options, threads=arguments.threads
-            )
+            made = calibrate(arguments.bundle, folder, seen, options, threads=arguments.threads)
             own = Animator.from_bundle(folder, threads=arguments.threads, cache=False)
-            contender = Contender(own.bundle, _backend(own), schedule)
+            contender = Contender(own.bundle, _backend(own), schedule, guidance)
             figures[f"ours {scheme}"] = {
                 "bytes": weights_bytes(own.bundle),
                 "text_encoder": made.facts()["text_encoder"],
@@ -115,13 +118,14 @@ def main() -> None:
             }
             print(json.dumps({scheme: figures[f"ours {scheme}"]}, default=vars), flush=True)
         if arguments.peers:
-            captured = capture(animator, [prepared(animator, sample, arguments.steps) for sample, _ in seen], schedule)
+            ready = [prepared(animator, sample, arguments.steps, Options().guidance) for sample in seen]
+            captured = capture(animator, ready, schedule)
         for method in arguments.peers:
             graphs = [
                 quantize_static(animator.bundle, block, calls, method, Path(name))
                 for block, calls in enumerate(captured)
             ]
-            contender = Contender(animator.bundle, Blocks(_backend(animator), graphs), schedule)
+            contender = Contender(animator.bundle, Blocks(_backend(animator), graphs), schedule, guidance)
             contender.denoiser.block_graphs = tuple(f"{Blocks.PREFIX}{i}" for i in range(len(graphs)))
             figures[f"quantize_static {method}"] = judge(contender, clips, animator)
             print(json.dumps({method: figures[f"quantize_static {method}"]}), flush=True)
@@ -129,7 +133,7 @@ def main() -> None:
     settings = {
         "bundle": animator.bundle.manifest.provenance,
         "steps": arguments.steps,
-        "guidance": GUIDANCE,
+        "guidance": guidance,
         "calibrated_with": len(seen),
         "judged_by": len(clips),
         "linears": len(LINEARS) * animator.bundle.manifest.transformer.num_layers,
@@ -137,21 +141,19 @@ def main() -> None:
     print(write_receipt(arguments.name, settings, figures))
 
 
-def pocket(calibrate_with: int, judge_by: int) -> tuple[list[tuple[Sample, Any]], list[tuple[Sample, Any]]]:
-    """Drawn people: from the training clips to calibrate with, from the held-out ones, with the truth, to judge by."""
-    from dynamictrl_edge.pocket.clips import COLUMNS, FRAMES, ROWS, make_clip  # type: ignore[import-not-found]
-
-    def samples(split: str, count: int) -> Iterator[tuple[Sample, Any]]:
-        for i in range(count):
-            clip = make_clip(split, i, masking="none")
-            size = {"height": ROWS, "width": COLUMNS, "frames": FRAMES}
-            yield Sample(clip.reference, clip.pose, clip.caption, seed=i, **size), clip.truth
-
-    return list(samples("train", calibrate_with)), list(samples("held-out", judge_by))
+def pocket(bundle: Bundle, calibrate_with: int, judge_by: int) -> tuple[list[Sample], list[tuple[Sample, Drawn]]]:
+    """The built-in set to calibrate with; held-out people, with the truth, to judge by."""
+    seen = pocket_samples(bundle.manifest, str(bundle.root), calibrate_with)
+    judged = []
+    for i in range(judge_by):
+        clip = make_clip("held-out", i, masking="none")
+        size = {"height": ROWS, "width": COLUMNS, "frames": FRAMES}
+        judged.append((Sample(clip.reference, clip.pose, clip.caption, seed=i, **size), clip))
+    return seen, judged
 
 
-def prepared(animator: Animator, sample: Sample, steps: int) -> Prepared:
-    return animator.prepare(**sample.request(steps, GUIDANCE))
+def prepared(animator: Animator, sample: Sample, steps: int, guidance: float) -> Prepared:
+    return animator.prepare(**sample.request(steps, guidance))
 
 
 def _backend(animator: Animator) -> OnnxRuntimeBackend:
@@ -169,20 +171,22 @@ def weights_bytes(bundle: Bundle) -> dict[str, int]:
 class Contender:
     """A denoiser to be judged."""
 
-    def __init__(self, bundle: Bundle, backend: Any, schedule: Schedule):
-        self.denoiser, self.schedule = Denoiser(bundle, backend), schedule
+    def __init__(self, bundle: Bundle, backend: Any, schedule: Schedule, guidance: float):
+        self.denoiser, self.schedule, self.guidance = Denoiser(bundle, backend), schedule, guidance
 
     def _steps(self, ready: Prepared, initial: np.ndarray) -> Iterator[Any]:
         noise = NoiseSource(ready.run.request.seed)  # the same for every contender
-        return self.denoiser.denoise(ready.latents, initial, self.schedule, GUIDANCE, noise, ready.run.geometry.grid)
+        return self.denoiser.denoise(
+            ready.latents, initial, self.schedule, self.guidance, noise, ready.run.geometry.grid
+        )
 
-    def walk(self, ready: Prepared, truth: np.ndarray | None) -> Clip:
+    def walk(self, ready: Prepared, drawn: Drawn | None) -> Clip:
         """Denoises and keeps everything."""
         starts, predictions = [ready.initial.copy()], []
         for step in self._steps(ready, ready.initial):
             predictions.append(step.prediction.copy())
             starts.append(step.latents.copy())
-        return Clip(replace(ready), starts[:-1], predictions, starts[-1], truth)
+        return Clip(replace(ready), starts[:-1], predictions, starts[-1], drawn)
 
     def final(self, clip: Clip) -> np.ndarray:
         for step in self._steps(clip.ready, clip.ready.initial):
@@ -219,15 +223,16 @@ def judge(contender: Contender, clips: Sequence[Clip], animator: Animator) -> di
 
 
 def frames(animator: Animator, clips: Sequence[Clip], finals: Sequence[np.ndarray] | None) -> dict[str, float]:
-    """Mean PSNR of the first clips' frames against the float model's, and against the truth."""
+    """Mean PSNR of the frames against the float model's and against the truth, and the pose error against the truth."""
     found: dict[str, list[float]] = {}
-    for i, clip in enumerate(clips[:FRAMES_JUDGED]):
+    for i, clip in enumerate(clips):
         exact = decoded(animator, clip, clip.final)
         made = exact if finals is None else decoded(animator, clip, finals[i])
         if finals is not None:
             found.setdefault("psnr_to_float_db", []).append(float(np.minimum(psnr(made, exact), 99).mean()))
-        if clip.truth is not None:
-            found.setdefault("psnr_to_truth_db", []).append(float(np.minimum(psnr(made, clip.truth), 99).mean()))
+        if clip.drawn is not None:
+            found.setdefault("psnr_to_truth_db", []).append(float(np.minimum(psnr(made, clip.drawn.truth), 99).mean()))
+            found.setdefault("pose_error_px", []).append(float(limb_errors(made, clip.drawn).mean()))
     return {name: float(np.mean(values)) for name, values in found.items()}
 
 
@@ -281,7 +286,7 @@ def capture(animator: Animator, samples: Sequence[Prepared], schedule: Schedule)
     """For every block, what it was given in evenly chosen calls."""
     backend, layers = _backend(animator), animator.bundle.manifest.transformer.num_layers
     recorders = [Recorder(backend.graph("block")) for _ in range(layers)]
-    contender = Contender(animator.bundle, Blocks(backend, recorders), schedule)
+    contender = Contender(animator.bundle, Blocks(backend, recorders), schedule, Options().guidance)
     contender.denoiser.block_graphs = tuple(f"{Blocks.PREFIX}{i}" for i in range(layers))
     every = max(1, -(-2 * len(samples) * len(schedule) // MOST_CALLS))
     kept: list[list[Arrays]] = [[] for _ in range(layers)]
@@ -366,7 +371,7 @@ def rounded_vae(animator: Animator, clips: Sequence[Clip]) -> dict[str, float]:
         session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
         graphs[name] = OrtGraph(name, spec, session)
     found = []
-    for clip in clips[:FRAMES_JUDGED]:
+    for clip in clips:
         kept = clip.final[0, clip.ready.run.geometry.padding_frames :].transpose(1, 0, 2, 3)[None]
         latents = np.ascontiguousarray(kept) / np.float32(bundle.manifest.vae.scaling_factor)
         rough = to_uint8(VAEDecoder(lambda name, *_: graphs[name]).decode(latents))[: clip.ready.run.frames]

@@ -16,6 +16,7 @@ from ..bundle.errors import BundleError
 from ..bundle.manifest import Scheme
 from ..bundle.store import Bundle
 from ..bundle.tensors import MappedTensors
+from ..export.workspace import spec_of
 from ..runtime.backends.onnxruntime import OnnxRuntimeBackend, OrtCall, OrtGraph
 from ..runtime.denoiser import OFS, Denoiser
 from ..runtime.embeddings import timestep_sinusoid
@@ -23,7 +24,7 @@ from ..runtime.noise import NoiseSource
 from ..runtime.scheduler import Schedule
 from .block_graph import LINEARS, MODULATION_LINEARS, quantized
 from .blocks import BlockCandidate, widened
-from .graphs import read_model, spec_of
+from .graphs import read_model
 from .work import Trajectory
 
 __all__ = ["Measurer", "output_snr", "spread_steps"]

@@ -16,13 +16,14 @@ from ..bundle.errors import BundleError
 from ..bundle.precision import Precision, widen
 from ..bundle.store import Bundle
 from ..bundle.tensors import MappedTensors
+from ..export.workspace import spec_of
 from ..runtime.backends.onnxruntime import OnnxRuntimeBackend
 from ..runtime.denoiser import OFS
 from ..runtime.embeddings import timestep_sinusoid
 from .block_graph import MODULATION_LINEARS, observed, quantized
 from .blocks import stored_linear, widened, write_tensors
 from .decide import Settings, decide_weights, snr
-from .graphs import read_model, spec_of
+from .graphs import read_model
 from .work import Work
 
 __all__ = ["LEAST_SNR", "Narrowed", "narrow_modulation"]

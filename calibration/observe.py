@@ -18,13 +18,14 @@ from ..bundle.config import Geometry, TransformerConfig
 from ..bundle.errors import BundleError, InputError
 from ..bundle.manifest import BLOCK, OWN, Manifest
 from ..bundle.store import Bundle
+from ..export.workspace import spec_of
 from ..runtime.animator import Animator, Prepared
 from ..runtime.backends.onnxruntime import OnnxRuntimeBackend, OrtGraph
 from ..runtime.denoiser import Denoiser, Step
 from ..runtime.memory import FLOAT, PROCESS, SHARE, block_activations, loop_bytes, physical_memory
 from ..runtime.scheduler import Schedule
 from .block_graph import LINEARS, observed
-from .graphs import read_model, spec_of
+from .graphs import read_model
 from .statistics import TensorStatistics, statistics_bytes
 from .work import Trajectory, Work
 

@@ -4,7 +4,7 @@
      "height": 576, "width": 1024, "frames": 37}
 
 A sample may also have `negative_prompt` and `seed`; the sizes are optional (the bundle's default clip). Whatever yields
-`Sample`s can be calibrated with: a built-in set is one more function that returns a list of them.
+`Sample`s can be calibrated with; `pocket_samples` draws the people that the pocket model was trained on.
 """
 
 from __future__ import annotations
@@ -18,12 +18,13 @@ from typing import Annotated, Any
 import msgspec
 import numpy as np
 
-from ..bundle.errors import BundleError, InputError, from_os_error
-from ..bundle.manifest import inside
+from ..bundle.errors import BundleError, InputError, UsageError, from_os_error
+from ..bundle.manifest import Manifest, inside
 
-__all__ = ["SAMPLES_NAME", "Sample", "fingerprint", "read_samples"]
+__all__ = ["POCKET", "SAMPLES_NAME", "Sample", "fingerprint", "pocket_samples", "read_samples"]
 
 SAMPLES_NAME = "samples.json"
+POCKET = "pocket"  # in the place of a folder: the built-in set
 
 
 @dataclass(frozen=True)
@@ -97,6 +98,28 @@ def read_samples(folder: Path) -> list[Sample]:
         raise InputError(f"{str(path)!r} lists no samples: there is nothing to calibrate with.")
     sizes = Sample("", "", "", height=listed.height, width=listed.width, frames=listed.frames, fit=listed.fit)
     return [_sample(folder, path, number, entry, sizes) for number, entry in enumerate(listed.samples)]
+
+
+def pocket_samples(manifest: Manifest, root: str, count: int = 8) -> list[Sample]:
+    """The first `count` of the clips that the pocket model was trained on, every other one with a masked photograph.
+
+    Raises `UsageError` for the bundle of another model, to which drawn people would say nothing.
+    """
+    from ..pocket import MODEL
+    from ..pocket.clips import COLUMNS, FRAMES, ROWS, make_clip
+
+    config = "transformer/config.json"
+    own = hashlib.sha256((MODEL / config).read_bytes()).hexdigest()
+    if manifest.provenance.get(f"sha256 {config}") != own:
+        raise UsageError(
+            f"The built-in calibration set is for the pocket model, and {root!r} holds another one. Give --data a folder with "
+            f"photos, pose clips and a {SAMPLES_NAME} (see docs/calibration.md)."
+        )
+    clips = [make_clip("train", i, masking=("none", "background", "none", "clothes")[i % 4]) for i in range(count)]
+    return [
+        Sample(clip.reference, clip.pose, clip.caption, seed=i, height=ROWS, width=COLUMNS, frames=FRAMES)
+        for i, clip in enumerate(clips)
+    ]
 
 
 def _sample(folder: Path, path: Path, number: int, entry: _Entry, sizes: Sample) -> Sample:

@@ -15,13 +15,14 @@ from ..bundle.errors import BundleError
 from ..bundle.precision import Precision, widen
 from ..bundle.store import Bundle
 from ..bundle.tensors import MappedTensors
+from ..export.workspace import spec_of
 from ..runtime.backends.onnxruntime import OnnxRuntimeBackend
 from ..runtime.text import relative_position_bias
 from ..runtime.tokenizer import PromptTokenizer
 from .block_graph import TEXT_LINEARS, observed, quantized
 from .blocks import stored_linear, widened, write_tensors
 from .decide import Settings, decide_weights, snr
-from .graphs import read_model, spec_of
+from .graphs import read_model
 from .modulation import Narrowed
 from .work import Work
 

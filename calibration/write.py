@@ -16,10 +16,11 @@ from ..bundle.errors import BundleError
 from ..bundle.manifest import OWN, FileEntry, GraphSpec, Manifest, Quantization, Scheme, write_manifest
 from ..bundle.store import Bundle
 from ..bundle.tensors import MappedTensors, TensorWriter
+from ..export.workspace import spec_of
 from .block_graph import LINEARS, MODULATION_LINEARS, TEXT_LINEARS, modulation_graph, quantized
 from .blocks import BlockCandidate
 from .choose import Choice, graph_name
-from .graphs import read_model, spec_of
+from .graphs import read_model
 
 __all__ = ["Writer"]
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from ..bundle.errors import DeviceError, UsageError
-from ..bundle.manifest import SCHEMES
+from ..bundle.manifest import SCHEMES, read_manifest
 from .console import json_option, print_json, results, verbose_option, working
 
 if TYPE_CHECKING:
@@ -19,7 +19,11 @@ if TYPE_CHECKING:
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option(
-    "--data", type=click.Path(path_type=Path), required=True, help="Calibration set: a folder with samples.json."
+    "--data",
+    type=click.Path(path_type=Path),
+    required=True,
+    metavar="FOLDER",
+    help="Calibration set: a folder with samples.json, or `pocket`: the pocket model's own.",
 )
 @click.option(
     "--precision",
@@ -68,7 +72,7 @@ def command(
     try:
         from ..calibration.calibrate import Options, calibrate
         from ..calibration.decide import Settings
-        from ..calibration.samples import read_samples
+        from ..calibration.samples import POCKET, pocket_samples, read_samples
     except ImportError as error:
         raise DeviceError(
             f"Calibrating needs packages that are not installed ({error}). "
@@ -83,7 +87,10 @@ def command(
         text=not keep_text_encoder,
         report=not no_report,
     )
-    samples = read_samples(data)
+    if str(data) == POCKET and not data.exists():
+        samples = pocket_samples(read_manifest(bundle), str(bundle))
+    else:
+        samples = read_samples(data)
     with working(as_json) as progress:
         made = calibrate(bundle, out, samples, options, observe_with=observe_with, threads=threads, progress=progress)
     if as_json:

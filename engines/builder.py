@@ -11,6 +11,8 @@ in silently, which builds an engine for one shape), cancelling, and streaming th
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import hashlib
 import importlib
 import importlib.util
@@ -18,7 +20,7 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -110,6 +112,24 @@ def build_engine(job: EngineJob, progress: Progress, trt: ModuleType | None = No
     """
     if trt is None:
         trt = load_tensorrt(job.flavour)
+    with _no_collections():
+        return _build(trt, job, progress)
+
+
+@contextlib.contextmanager
+def _no_collections() -> Iterator[None]:
+    """A collection while the compiler hands over a message can free an earlier compiler (one that an exception kept alive),
+    whose end waits, for ever, for the lock that is held around messages."""
+    was = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was:
+            gc.enable()
+
+
+def _build(trt: ModuleType, job: EngineJob, progress: Progress) -> tuple[Product, LayerReport]:
     start = time.perf_counter()
     log = _make_log(trt)
     if job.version_compatible:

@@ -11,7 +11,7 @@ import onnx
 
 from ..bundle.manifest import FileEntry, GraphSpec, Port
 
-__all__ = ["Workspace"]
+__all__ = ["Workspace", "spec_of"]
 
 
 @dataclass
@@ -35,12 +35,7 @@ class Workspace:
             onnx.checker.check_model(model, full_check=True)
         file = f"graphs/{name}.onnx"
         self.add_bytes(file, model.SerializeToString(deterministic=True))
-        self.graphs[name] = GraphSpec(
-            file=file,
-            inputs=_ports(model.graph.input),
-            outputs=_ports(model.graph.output),
-            weights=None if weights is None else f"weights/{weights}.safetensors",
-        )
+        self.graphs[name] = spec_of(model, file, None if weights is None else f"weights/{weights}.safetensors")
 
     def add_bytes(self, name: str, data: bytes) -> None:
         (self.root / name).write_bytes(data)
@@ -52,6 +47,11 @@ class Workspace:
     def add_weights(self, name: str, entry: FileEntry) -> None:
         """Lists `weights/<name>.safetensors`, which a converter has written."""
         self.files[f"weights/{name}.safetensors"] = entry
+
+
+def spec_of(model: onnx.ModelProto, file: str, weights: str | None = None) -> GraphSpec:
+    """How the manifest describes a model in `file`; `weights`: the file of its external initializers."""
+    return GraphSpec(file=file, inputs=_ports(model.graph.input), outputs=_ports(model.graph.output), weights=weights)
 
 
 def _ports(values: Iterable[onnx.ValueInfoProto]) -> tuple[Port, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 from pathlib import Path
 from typing import Any
@@ -173,6 +174,34 @@ def test_a_profile_out_of_order(tmp_path: Path) -> None:
 
 def test_a_dynamic_input_without_profile_is_refused_although_polygraphy_would_guess(tmp_path: Path) -> None:
     assert "'x' (-1, 8) has no profile" in refusal(save(linear(), tmp_path), profile={})
+
+
+@pytest.mark.parametrize("was", [True, False])
+def test_no_compiler_of_before_is_freed_inside_a_message(
+    was: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its end would wait for the lock that is held around the message."""
+    collecting, real = [], builder._make_log
+
+    def watched(trt: Any) -> Any:
+        log = real(trt)
+
+        class Watched(type(log)):  # type: ignore[misc]
+            def log(self, severity: Any, msg: str) -> None:
+                collecting.append(gc.isenabled())
+                super().log(severity, msg)
+
+        return Watched()
+
+    monkeypatch.setattr(builder, "_make_log", watched)
+    try:
+        (gc.enable if was else gc.disable)()
+        build(save(linear(), tmp_path))
+        refusal(save(linear(), tmp_path), profile={})
+        assert gc.isenabled() == was
+    finally:
+        gc.enable()
+    assert collecting and not any(collecting)
 
 
 def test_a_profile_that_contradicts_the_graph(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import pytest
 from dynamictrl_edge.bundle.manifest import read_manifest
 from dynamictrl_edge.bundle.store import Bundle
 from dynamictrl_edge.calibration import calibrate as module
+from dynamictrl_edge.calibration.samples import fingerprint, pocket_samples
 from dynamictrl_edge.cli.main import run
 from dynamictrl_edge.engines.report import read_report
 from dynamictrl_edge.runtime import Animator
@@ -169,6 +170,21 @@ def test_bad_sets_are_named(case: str, bundle15: Path, data: Path, tmp_path: Pat
     code = 2 if case == "impossible size" else 3
     assert words in refused(code, capsys, str(bundle15), str(tmp_path / "q"), "--data", str(data), *QUICK)
     assert not (tmp_path / "q").exists()
+
+
+def test_the_built_in_set_is_for_the_pocket_model(
+    demo: Path, bundle15: Path, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = refused(2, capsys, str(bundle15), "q", "--data", "pocket", *QUICK)
+    assert "is for the pocket model" in words and "Give --data a folder" in words
+    samples = pocket_samples(read_manifest(demo / "bundle"), "bundle", 4)
+    assert [sample.seed for sample in samples] == [0, 1, 2, 3] and len({sample.prompt for sample in samples}) == 4
+    black = [(sample.image == 0).all(axis=2).mean() for sample in samples]
+    assert black[1] > 0.2 > max(black[0], black[2])  # the second has a masked background
+    assert fingerprint(samples) == fingerprint(pocket_samples(read_manifest(demo / "bundle"), "elsewhere", 4))
+    (tmp_path / "pocket").mkdir()  # a folder of this name is meant before the built-in set
+    assert "is not a calibration set" in refused(3, capsys, str(bundle15), "q", "--data", "pocket", *QUICK)
 
 
 def test_bad_bundles_are_refused(

@@ -13,9 +13,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from benchmarks.checkpoints import diffusers_config
 from dynamictrl_edge.bundle.atomic import atomic_folder
 
-from .networks import SCHEDULER, VERSIONS, text_config, transformer_config, vae_config
+from .networks import SCHEDULER, text_config, transformer_config, vae_config
 from .start import RECORD, Spent
 from .train_dit import Networks
 
@@ -24,8 +25,7 @@ __all__ = ["LIMIT", "write_checkpoint"]
 LIMIT = 20_000_000  # bytes that the repository has for it
 
 INDEX = {
-    "_class_name": "DynamiCtrlAnimationPipeline",
-    "_diffusers_version": VERSIONS["diffusers"],
+    **diffusers_config("DynamiCtrlAnimationPipeline"),
     "scheduler": ["diffusers", "CogVideoXDPMScheduler"],
     "text_encoder": ["transformers", "T5EncoderModel"],
     "tokenizer": ["transformers", "T5Tokenizer"],
@@ -57,8 +57,7 @@ def write_checkpoint(
         _json(target / "model_index.json", INDEX)
         _json(target / RECORD, spent)
         _json(target / "scheduler" / "scheduler_config.json", SCHEDULER)
-        transformer = {"_class_name": "DynamiCtrlTransformerModel", "_diffusers_version": VERSIONS["diffusers"]}
-        transformer |= dataclasses.asdict(transformer_config(shapes))
+        transformer = diffusers_config("DynamiCtrlTransformerModel") | dataclasses.asdict(transformer_config(shapes))
         text_state = dict(networks.text_encoder.state_dict())
         text_state.pop("encoder.embed_tokens.weight", None)  # the embedding under its second name
         name = str(dtype).removeprefix("torch.")

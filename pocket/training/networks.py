@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import T5Config, T5EncoderModel
 
+from benchmarks.checkpoints import diffusers_config, scheduler_config, t5_config
 from benchmarks.published_torch import LATENT_STRIDE, PublishedTransformer, TransformerConfig, rotary_tables
 
 from ..clips import COLUMNS, FRAMES, ROWS
@@ -32,26 +33,7 @@ __all__ = [
     "vae_config",
 ]
 
-VERSIONS = {"diffusers": "0.39.0", "transformers": "4.57.1"}
-
-SCHEDULER: dict[str, Any] = {
-    "_class_name": "CogVideoXDPMScheduler",
-    "_diffusers_version": VERSIONS["diffusers"],
-    "beta_end": 0.012,
-    "beta_schedule": "scaled_linear",
-    "beta_start": 0.00085,
-    "clip_sample": False,
-    "clip_sample_range": 1.0,
-    "num_train_timesteps": 1000,
-    "prediction_type": "v_prediction",
-    "rescale_betas_zero_snr": True,
-    "sample_max_value": 1.0,
-    "set_alpha_to_one": True,
-    "snr_shift_scale": 1.0,
-    "steps_offset": 0,
-    "timestep_spacing": "trailing",
-    "trained_betas": None,
-}
+SCHEDULER = scheduler_config(1.0)
 
 
 def transformer_config(shapes: Shapes) -> TransformerConfig:
@@ -77,8 +59,7 @@ def transformer_config(shapes: Shapes) -> TransformerConfig:
 def vae_config(shapes: Shapes, scaling_factor: float = 1.0) -> dict[str, Any]:
     levels = len(shapes.channels)
     return {
-        "_class_name": "AutoencoderKLCogVideoX",
-        "_diffusers_version": VERSIONS["diffusers"],
+        **diffusers_config("AutoencoderKLCogVideoX"),
         "act_fn": "silu",
         "block_out_channels": list(shapes.channels),
         "down_block_types": ["CogVideoXDownBlock3D"] * levels,
@@ -104,32 +85,8 @@ def vae_config(shapes: Shapes, scaling_factor: float = 1.0) -> dict[str, Any]:
 
 
 def text_config(shapes: Shapes) -> dict[str, Any]:
-    return {
-        "architectures": ["T5EncoderModel"],
-        "d_ff": shapes.text_ff,
-        "d_kv": shapes.text_dim // shapes.text_heads,
-        "d_model": shapes.text_dim,
-        "decoder_start_token_id": 0,
-        "dense_act_fn": "gelu_new",
-        "dropout_rate": 0.0,
-        "eos_token_id": 1,
-        "feed_forward_proj": "gated-gelu",
-        "initializer_factor": 1.0,
-        "is_encoder_decoder": False,
-        "is_gated_act": True,
-        "layer_norm_epsilon": 1e-06,
-        "model_type": "t5",
-        "num_decoder_layers": shapes.text_layers,
-        "num_heads": shapes.text_heads,
-        "num_layers": shapes.text_layers,
-        "pad_token_id": 0,
-        "relative_attention_max_distance": 128,
-        "relative_attention_num_buckets": 32,
-        "tie_word_embeddings": False,
-        "transformers_version": VERSIONS["transformers"],
-        "use_cache": False,
-        "vocab_size": shapes.vocabulary,
-    }
+    width, heads = shapes.text_dim, shapes.text_heads
+    return t5_config(width, width // heads, shapes.text_ff, heads, shapes.text_layers, shapes.vocabulary)
 
 
 def make_vae(shapes: Shapes) -> AutoencoderKLCogVideoX:

@@ -70,20 +70,8 @@ def train_dit(
         load_weights(transformer, start / "transformer")
         load_weights(text_encoder, start / "text_encoder")
     networks = Networks(settings, vae, transformer, text_encoder, language, scaling)
-    trainer = Trainer(
-        folder,
-        {"transformer": transformer, "text_encoder": text_encoder},
-        peak=run.learning_rate,
-        warm_up=run.warm_up,
-        average=run.average,
-        steps=run.steps,
-        hours=run.hours,
-        seed=settings.seed,
-        keep_every=settings.keep_every,
-        threads=threads,
-        hidden=lambda name: HIDDEN.search(name) is not None,
-        hidden_peak=run.hidden_rate,
-    )
+    models = {"transformer": transformer, "text_encoder": text_encoder}
+    trainer = Trainer.of(folder, models, run, settings, threads, lambda name: HIDDEN.search(name) is not None)
     if not trainer.done:
         store = LatentStore(folder, vae, language, settings.shapes, run.clips)
         alphas = CogVideoXDPMScheduler.from_config(SCHEDULER).alphas_cumprod.float()

@@ -9,6 +9,7 @@ sees stands for four frames, of which it makes the last. Half of the windows are
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ __all__ = ["photo_psnr", "train_vae"]
 
 LATENTS = 3  # of a first time chunk in the decoder
 FIRST = 200  # clips drawn before the first step
+ENDS = re.compile("conv_in|conv_out")  # layers that AdamW trains; Muon has the others
 
 
 def train_vae(
@@ -45,20 +47,7 @@ def train_vae(
     if start is not None:
         load_weights(vae, start / "vae")
     vae.encoder.requires_grad_(encoder)
-    trainer = Trainer(
-        folder,
-        {"vae": vae},
-        peak=run.learning_rate,
-        warm_up=run.warm_up,
-        average=run.average,
-        steps=run.steps,
-        hours=run.hours,
-        seed=settings.seed,
-        keep_every=settings.keep_every,
-        threads=threads,
-        hidden=lambda name: "conv_in" not in name and "conv_out" not in name,
-        hidden_peak=run.hidden_rate,
-    )
+    trainer = Trainer.of(folder, {"vae": vae}, run, settings, threads, lambda name: ENDS.search(name) is None)
     if not trainer.done:
         drawn = DrawnClips(folder, run.clips)
 

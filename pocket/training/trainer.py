@@ -23,6 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .muon import Muon
+from .settings import DitRun, Settings, VaeRun
 
 __all__ = ["Part", "Progress", "Trainer", "learning_rate"]
 
@@ -98,6 +99,32 @@ class Trainer:
         self._losses: dict[str, list[float]] = {}
         if self._state.exists():
             self._load()
+
+    @classmethod
+    def of(
+        cls,
+        folder: Path,
+        models: Mapping[str, nn.Module],
+        run: VaeRun | DitRun,
+        settings: Settings,
+        threads: int,
+        hidden: Callable[[str], bool],
+    ) -> Trainer:
+        """With the budget and the rates of a phase."""
+        return cls(
+            folder,
+            models,
+            peak=run.learning_rate,
+            warm_up=run.warm_up,
+            average=run.average,
+            steps=run.steps,
+            hours=run.hours,
+            seed=settings.seed,
+            keep_every=settings.keep_every,
+            threads=threads,
+            hidden=hidden,
+            hidden_peak=run.hidden_rate,
+        )
 
     @property
     def done(self) -> bool:
