@@ -27,6 +27,7 @@ Capture = pytest.CaptureFixture[str]
 
 WORKSTATIONS = ("rtx30", "rtx40", "rtx50")
 PRECISIONS = ("fp16", "bf16", "fp32")
+POINTWISE = ("trunk_keep", "trunk_reuse", "tokens_take", "tokens_put")  # from inputs to outputs with nothing in between
 # The models in every precision, for every capability that has it; float32 attention has no fused kernel. The checkpoint with
 # the stored table has the 1.0 model's text encoder and VAE, which are not built twice.
 CASES = [
@@ -76,7 +77,7 @@ def test_every_graph_of_every_model_builds_for_every_workstation(
     for name, entry in engines.engines.items():
         report = read_report(Path(made["folder"]) / entry.report)
         assert entry.kernels == len(report.kernels) > 0
-        assert entry.activation_bytes > 0
+        assert entry.activation_bytes > 0 or name in POINTWISE
         if not name.startswith("vae_"):
             # Weights are inputs; engines stay small whatever the model's size.
             assert entry.weights_bytes < 100_000
