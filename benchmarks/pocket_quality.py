@@ -1,6 +1,6 @@
 """How good the pocket model is: what it makes of clips that it was never trained on.
 
-    python benchmarks/pocket_quality.py [--model pocket/model] [--clips 50] [--steps 20] [--no-write]
+    python benchmarks/pocket_quality.py [--model pocket/model] [--clips 50] [--steps 10] [--no-write]
 
 Exports the checkpoint, animates held-out clips on the CPU, measures them (`pocket.evaluate`) and writes the receipt
 `benchmarks/results/pocket.json` and the contact sheet `docs/pocket.png`; then `python benchmarks/tables.py` puts the figures into
@@ -32,7 +32,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", type=Path, default=ROOT / "pocket" / "model")
     parser.add_argument("--clips", type=int, default=50)
-    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--guidance", type=float, default=1.0)
     parser.add_argument("--masked-guidance", type=float, default=3.0)
     parser.add_argument("--threads", type=int, default=None)

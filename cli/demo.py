@@ -13,7 +13,7 @@ from ..bundle.errors import DeviceError, from_os_error
 from .animate import make
 from .console import json_option, note, print_json, verbose_option, working
 
-FPS, STEPS, SEED, PERSON, ZOOM = 8, 20, 42, 12, 2
+FPS, STEPS, SEED, PERSON, ZOOM = 8, 10, 42, 12, 2
 
 
 @click.command("demo", short_help="Make a first clip with the pocket model that comes with this program.")
