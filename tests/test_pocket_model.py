@@ -23,7 +23,7 @@ CLIPS = (12, 14)  # held-out ones that move a lot
 
 @pytest.fixture(scope="module")
 def animate(pocket_bundle: Path) -> Animate:
-    return of_bundle(pocket_bundle, steps=6, threads=1)[0]
+    return of_bundle(pocket_bundle, steps=10, threads=1)[0]
 
 
 @pytest.fixture(scope="module")
@@ -53,12 +53,12 @@ def test_the_figures_of_its_card_are_of_these_weights() -> None:
 def test_people_it_has_never_seen_move_as_the_pose_says(animate: Animate, made: list[tuple[Clip, Pixels]]) -> None:
     for clip, frames in made:
         still = np.repeat(clip.reference[None], FRAMES, 0)
-        assert person_psnr(frames, clip) > person_psnr(still, clip)
-        assert sum(clothes_colours(frames, clip).values()) >= 1
+        assert person_psnr(frames, clip) > person_psnr(still, clip) + 1
+        assert all(clothes_colours(frames, clip).values())
 
 
 def test_without_its_pose_a_clip_is_another(animate: Animate, made: list[tuple[Clip, Pixels]]) -> None:
     clip, frames = made[0]
     lost = animate(clip.reference, np.zeros_like(clip.pose), clip.caption, 0, 1.0)
-    assert person_psnr(lost, clip) < person_psnr(frames, clip) - 0.5
-    assert limb_errors(lost, clip).mean() > limb_errors(frames, clip).mean() + 1
+    assert person_psnr(lost, clip) < person_psnr(frames, clip) - 1
+    assert limb_errors(lost, clip).mean() > limb_errors(frames, clip).mean() + 2
