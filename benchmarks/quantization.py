@@ -364,6 +364,7 @@ def rounded_vae(animator: Animator, clips: Sequence[Clip]) -> dict[str, float]:
         model = read_model(bundle, name)
         for tensor in model.graph.initializer:
             values = np.array(weights[tensor.name]) if tensor.name in weights else onnx.numpy_helper.to_array(tensor)
+            values = values.reshape(tuple(tensor.dims))  # the graph's shapes have further axes of length 1
             if values.ndim == 5 and values.dtype == np.float32:
                 step = np.abs(values).max(axis=(1, 2, 3, 4), keepdims=True) / 127
                 values = np.rint(values / np.maximum(step, 1e-12)) * step
