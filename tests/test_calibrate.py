@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from benchmarks.checkpoints import SPECS, transformer_config
+from benchmarks.int8_latency import kernels
 from dynamictrl_edge.bundle.config import TransformerConfig
 from dynamictrl_edge.bundle.errors import BundleError, DeviceError, InputError, UsageError
 from dynamictrl_edge.bundle.manifest import read_manifest
@@ -338,6 +339,12 @@ def test_a_conditioning_that_suffers_stays_as_it_is(
     assert files["weights/denoiser.safetensors"] == source["weights/denoiser.safetensors"]
     assert files["graphs/conditioning.onnx"] == source["graphs/conditioning.onnx"]
     assert min(made.conditioning.snr.values()) > 20
+
+
+def test_onnx_runtime_multiplies_integers_in_every_linear(quantized: Quantized, bundle15: Path) -> None:
+    made, source = kernels(Bundle(quantized("int8"))), kernels(Bundle(bundle15))
+    assert (source["MatMul"], source.get("MatMulIntegerToFloat", 0)) == (4, 0)
+    assert (made.get("MatMul", 0), made["MatMulIntegerToFloat"], made["QuantizeLinear"]) == (0, 4, 4)
 
 
 # Bytes
