@@ -25,7 +25,7 @@ from benchmarks.exact_loop import GUIDANCE, SEED, Worker, prepare
 from benchmarks.receipt import paired, write_receipt
 from dynamictrl_edge.bundle.manifest import OWN, Port
 from dynamictrl_edge.bundle.store import Bundle
-from dynamictrl_edge.calibration.calibrate import Options, calibrate, denoiser_bytes
+from dynamictrl_edge.calibration.calibrate import Options, calibrate
 from dynamictrl_edge.calibration.decide import Settings
 from dynamictrl_edge.calibration.samples import Sample
 
@@ -58,7 +58,6 @@ def main() -> None:
             **facts,
             "seconds_float_int8": pairs,
             "peak_rss_mb": peak,
-            "denoiser_bytes": {side: denoiser_bytes(bundle.manifest.files) for side, bundle in bundles.items()},
             "kernels": {side: kernels(bundle) for side, bundle in bundles.items()},
         }
     print(json.dumps(figures, indent=1, default=vars))

@@ -169,7 +169,7 @@ def quantization(receipt: dict[str, Any]) -> list[str]:
 
 def int8_latency(receipt: dict[str, Any]) -> list[str]:
     figures, settings = receipt["figures"], receipt["settings"]
-    pairs, size = figures["seconds_float_int8"], figures["denoiser_bytes"]
+    pairs = figures["seconds_float_int8"]
     kernels = figures["kernels"]["int8"]
     return [
         f"Denoising loop of the 27 M benchmark model (width {figures['width']}, {figures['blocks']} blocks, "
@@ -177,8 +177,7 @@ def int8_latency(receipt: dict[str, Any]) -> list[str]:
         f"{receipt['machine']['cores']} cores, float32 and int8 in turn, median of {settings['rounds']} "
         f"({source(receipt, 'int8_latency')}): {pairs['a_median']:.2f} s and {pairs['b_median']:.2f} s, "
         f"**{pairs['ratio_median']:.2f}× as fast** ({pairs['ratio_min']:.2f} to {pairs['ratio_max']:.2f}), with "
-        f"{figures['peak_rss_mb']['float']:.0f} and {figures['peak_rss_mb']['int8']:.0f} MB of peak memory and "
-        f"{size['int8'] / size['float']:.2f} of the bytes. ONNX Runtime's profile of a block names "
+        f"{figures['peak_rss_mb']['float']:.0f} and {figures['peak_rss_mb']['int8']:.0f} MB of peak memory. ONNX Runtime's profile of a block names "
         f"{kernels.get('MatMulIntegerToFloat', 0)} integer products and {kernels.get('MatMul', 0)} float ones.",
     ]
 
