@@ -1,4 +1,4 @@
-"""Writes the tables of README.md from the receipts in `benchmarks/results/`.
+"""Writes the tables of README.md and docs/ from the receipts in `benchmarks/results/`.
 
     python benchmarks/tables.py [--check]
 
@@ -17,6 +17,9 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.append(str(ROOT))  # so that this file also runs as a script
+
+from benchmarks.reuse import STEPS_GROUP, Row, table
 
 
 def exact_loop(receipt: dict[str, Any]) -> list[str]:
@@ -182,6 +185,43 @@ def int8_latency(receipt: dict[str, Any]) -> list[str]:
     ]
 
 
+def reuse(receipt: dict[str, Any]) -> list[str]:
+    """Presets, and what else nothing beats."""
+    rows, whole, narrow = reuse_rows(receipt)
+    presets = {text: name for name, text in receipt["figures"]["presets"].items() if text is not None}
+    shown = [row for row in rows if row.name in presets or row.group == STEPS_GROUP]
+    lines = table(
+        [*shown, *(row for row in narrow if row.name.removeprefix("int8, ") in (*presets, whole.name))], whole
+    )
+    for text, name in presets.items():
+        lines = lines.replace(f" {text} |", f" `--reuse {name}` |").replace(
+            f" int8, {text} |", f" int8, `--reuse {name}` |"
+        )
+        lines = lines.replace(f" **{text}** |", f" `--reuse {name}` |").replace(
+            f" **int8, {text}** |", f" int8, `--reuse {name}` |"
+        )
+    return [reuse_caption(receipt), "", *lines.splitlines()]
+
+
+def reuse_sweep(receipt: dict[str, Any]) -> list[str]:
+    """Everything that was measured."""
+    rows, whole, narrow = reuse_rows(receipt)
+    return [reuse_caption(receipt), "", *table([*rows, *narrow], whole).splitlines()]
+
+
+def reuse_rows(receipt: dict[str, Any]) -> tuple[list[Row], Row, list[Row]]:
+    figures = receipt["figures"]
+    return [Row(**row) for row in figures["rows"]], Row(**figures["full"]), [Row(**row) for row in figures["int8"]]
+
+
+def reuse_caption(receipt: dict[str, Any]) -> str:
+    settings = receipt["settings"]
+    return (
+        f"The pocket model, {settings['clips']} held-out clips, {settings['steps']} steps, guidance {settings['guidance']:g} "
+        f"({source(receipt, 'reuse')}):"
+    )
+
+
 TABLES: dict[str, Callable[[dict[str, Any]], list[str]]] = {
     "exact_loop": exact_loop,
     "full_export": full_export,
@@ -189,8 +229,11 @@ TABLES: dict[str, Callable[[dict[str, Any]], list[str]]] = {
     "pocket": pocket,
     "quantization": quantization,
     "int8_latency": int8_latency,
+    "reuse": reuse,
+    "reuse_sweep": reuse_sweep,
 }
-PAGES = ("README.md", "pocket/model/README.md", "docs/calibration.md")
+RECEIPTS = {"reuse_sweep": "reuse"}  # where it has another name than the table
+PAGES = ("README.md", "pocket/model/README.md", "docs/calibration.md", "docs/reuse.md")
 
 
 def source(receipt: dict[str, Any], name: str) -> str:
@@ -209,7 +252,7 @@ def main() -> int:
         for name, table in TABLES.items():
             if f"<!-- {name} -->" not in text:
                 continue
-            receipt = json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())
+            receipt = json.loads((ROOT / "benchmarks" / "results" / f"{RECEIPTS.get(name, name)}.json").read_text())
             body = "\n".join(table(receipt))
             pattern = re.compile(rf"<!-- {name} -->\n.*?<!-- end -->|<!-- {name} -->", re.DOTALL)
             changed = pattern.sub(lambda _, name=name, body=body: f"<!-- {name} -->\n{body}\n<!-- end -->", changed)  # type: ignore[misc]
