@@ -16,9 +16,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.append(str(ROOT))  # so that this file also runs as a script
+sys.path.append(str(Path(__file__).resolve().parents[1]))  # so that this file also runs as a script
 
+from benchmarks.receipt import ROOT
 from benchmarks.reuse import STEPS_GROUP, Row, table
 
 
@@ -249,11 +249,11 @@ def main() -> int:
         path = ROOT / page
         text = path.read_text()
         changed = text
-        for name, table in TABLES.items():
+        for name, made in TABLES.items():
             if f"<!-- {name} -->" not in text:
                 continue
             receipt = json.loads((ROOT / "benchmarks" / "results" / f"{RECEIPTS.get(name, name)}.json").read_text())
-            body = "\n".join(table(receipt))
+            body = "\n".join(made(receipt))
             pattern = re.compile(rf"<!-- {name} -->\n.*?<!-- end -->|<!-- {name} -->", re.DOTALL)
             changed = pattern.sub(lambda _, name=name, body=body: f"<!-- {name} -->\n{body}\n<!-- end -->", changed)  # type: ignore[misc]
         if check and changed != text:
