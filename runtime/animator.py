@@ -265,8 +265,8 @@ class Animator:
                 if callback is not None:
                     result = callback(self, step.index, step.timestep, {"latents": step.latents})
                     replaced = None if result is None else result.get("latents")
-                    if replaced is not None and replaced is not step.latents:
-                        np.copyto(step.latents, replaced)
+                    if replaced is not None:
+                        step.replace(replaced)
             final = step.latents[0, run.geometry.padding_frames :].copy()
         if not np.isfinite(final).all():
             raise DeviceError(
