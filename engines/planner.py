@@ -28,7 +28,7 @@ from ..bundle.errors import DeviceError
 from ..bundle.manifest import Manifest
 from .engine_set import ClipSize, EngineSet
 from .model_facts import ModelFacts, facts_of, model_facts
-from .stages import Case, Stage, decode, denoise, encode, schedule, text
+from .stages import ACTIVATIONS, Case, Stage, decode, denoise, encode, schedule, text
 from .targets import Capability
 from .vae_tiles import Tile
 
@@ -88,6 +88,22 @@ class MemoryPlan:
     def peak(self) -> int:
         """Bytes in use at the worst moment."""
         return self.largest_stage.total
+
+    @property
+    def arena(self) -> int:
+        """Bytes that the runtime gives out itself, at the worst moment; alignment is not counted."""
+        return max(stage.arena for stage in self.stages)
+
+    def activations(self, stage: str) -> int:
+        """Bytes that the engines of a stage share."""
+        return sum(
+            item.bytes for made in self.stages if made.name == stage for item in made.items if item.name == ACTIVATIONS
+        )
+
+    @property
+    def tiled(self) -> bool:
+        """Whether the VAE works in tiles."""
+        return not self.tile.whole
 
     @property
     def fits(self) -> bool:
@@ -179,8 +195,11 @@ def plan_with_engines(
     steps: int = 25,
     cached_prompt: bool = False,
     unified: bool = False,
+    batch: int | None = None,
+    tile: tuple[int, int] | None = None,
 ) -> MemoryPlan:
-    """Plans a clip with engines that exist: their own activation bytes, batch and tile."""
+    """Plans a clip with engines that exist: their own activation bytes, and their batch and tile where none is given (which must
+    not be larger)."""
     return plan(
         facts_of(manifest),
         size,
@@ -188,8 +207,8 @@ def plan_with_engines(
         budget=budget,
         measured={name: entry.activation_bytes for name, entry in engines.engines.items()},
         steps=steps,
-        batch=engines.options.batch,
-        tile=engines.options.tile,
+        batch=batch or engines.options.batch,
+        tile=tile or engines.options.tile,
         cached_prompt=cached_prompt,
         capability=min(engines.capabilities),
         unified=unified,

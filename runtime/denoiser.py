@@ -48,23 +48,22 @@ class Step:
 
     def __init__(self, index: int, timestep: int, loop: Loop):
         self.index, self.timestep = index, timestep
-        self._loop, self._prediction = loop, loop.prediction
+        self._buffers, self._latents, self._prediction = loop.buffers, loop.latents, loop.prediction
 
     @cached_property
     def latents(self) -> np.ndarray:
         """[1, F, C, H, W] float32. On the host this is the loop's own buffer: copy it to keep it."""
-        return self._loop.buffers.get(self._loop.latents)
+        return self._buffers.get(self._latents)
 
     @cached_property
     def prediction(self) -> np.ndarray:
         """[B, F, C, H, W] float32, likewise."""
-        return self._loop.buffers.get(self._prediction)
+        return self._buffers.get(self._prediction)
 
     def replace(self, latents: np.ndarray) -> None:
         """The next step, or what comes after the last, starts from these latents."""
-        buffers, held = self._loop.buffers, self._loop.latents
-        buffers.put(held, np.broadcast_to(np.asarray(latents, np.float32), held.shape))
-        self.__dict__["latents"] = buffers.get(held)
+        self._buffers.put(self._latents, np.broadcast_to(np.asarray(latents, np.float32), self._latents.shape))
+        self.__dict__["latents"] = self._buffers.get(self._latents)
 
 
 @contextmanager

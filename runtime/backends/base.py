@@ -7,14 +7,19 @@ A backend without that attribute computes in the process's memory (`host.HOST`).
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
 
+from ...bundle.config import Geometry
 from ...bundle.manifest import GraphSpec
 from ...bundle.store import Bundle
 
-__all__ = ["Backend", "BlockWeights", "Buffers", "Call", "Graph"]
+if TYPE_CHECKING:
+    from ..request import Request
+    from ..tiling import Tiling
+
+__all__ = ["Backend", "BlockWeights", "Buffers", "Call", "DeviceBackend", "Graph", "Plan"]
 
 
 class Call(Protocol):
@@ -49,6 +54,38 @@ class Backend(Protocol):
 
     def drop(self, *names: str) -> None:
         """Frees graphs and their memory; `graph` loads them again."""
+
+
+class Plan(Protocol):
+    """What was decided about a request's memory, in bytes. `budget`: None: no limit. `tiled`: the VAE works in tiles."""
+
+    @property
+    def budget(self) -> int | None: ...
+    @property
+    def peak(self) -> int: ...
+    @property
+    def resident_blocks(self) -> int: ...
+    @property
+    def tiled(self) -> bool: ...
+
+
+@runtime_checkable
+class DeviceBackend(Backend, Protocol):
+    """A backend that computes in a memory of its own, and plans it."""
+
+    buffers: Buffers
+
+    def plan(self, size: Geometry, request: Request, memory: float | None) -> Any:
+        """A `Plan` for one clip. `memory`: budget in GB (1e9 bytes); None: what is free. Raises if it cannot be made."""
+
+    def begin(self, plan: Any) -> None:
+        """Makes everything ready for the request that was planned so."""
+
+    def tiling(self, plan: Any) -> Tiling | None:
+        """The VAE's tiles in this plan."""
+
+    def close(self) -> None:
+        """Gives the device back."""
 
 
 class BlockWeights(Protocol):
