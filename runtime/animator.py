@@ -446,14 +446,14 @@ def _choose(bundle: Bundle, backend: str, threads: int | None) -> tuple[Backend,
 
     if backend == "onnxruntime":
         return OnnxRuntimeBackend(bundle, threads=threads), ""
-    from ..engines.machine import look_at_machine
+    from ..engines.machine import look_at_gpus, look_at_machine
     from .backends.gpu import TensorRTBackend
 
-    machine = look_at_machine()
-    if backend == "auto" and machine.gpu is None:
+    found = look_at_gpus()
+    if backend == "auto" and not found[0]:
         return OnnxRuntimeBackend(bundle, threads=threads), ""
     try:
-        return TensorRTBackend.open(bundle, machine=machine), ""
+        return TensorRTBackend.open(bundle, machine=look_at_machine(gpus=lambda: found)), ""
     except EdgeError as error:
         if backend == "tensorrt":
             raise

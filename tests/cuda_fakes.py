@@ -75,7 +75,8 @@ class _Coming:
 
 
 class FakeCuda:
-    """`calls`: names of driver calls in order. `memory`, `locked`: bytes that are out. `live`: streams and events that exist.
+    """`calls`: names of driver calls in order. `retained`: how often the primary context was retained.
+    `memory`, `locked`: bytes that are out. `live`: streams and events that exist.
 
     total: bytes of the GPU. others: bytes that other processes hold. copy_rate: bytes per second. fail: called with the name of
     each driver call before it is made; what it returns is raised. races: look for them (slow).
@@ -128,6 +129,7 @@ class FakeCuda:
         package.__path__ = []
         patch.setitem(sys.modules, "pycuda", package)
         patch.setitem(sys.modules, "pycuda.driver", self.module)
+        patch.setattr("dynamictrl_edge.runtime.backends.cuda._contexts", {})
         return self
 
     # --- calls ---
@@ -311,9 +313,6 @@ def _module(fake: FakeCuda) -> Any:
         def __init__(self) -> None:
             fake.retained += 1
 
-        def __del__(self) -> None:
-            fake.retained -= 1
-
         def push(self) -> None:
             fake.call("Context.push", needs_context=False)
             fake.stack.append("ours")
@@ -459,4 +458,5 @@ def _module(fake: FakeCuda) -> Any:
         *(mem_alloc, mem_get_info, pagelocked_empty, memcpy_htod_async, memcpy_dtoh_async, memcpy_dtod_async),
     ):
         setattr(module, value.__name__, value)
+    module.fake = fake  # type: ignore[attr-defined]  # for tests
     return module

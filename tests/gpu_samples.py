@@ -41,9 +41,10 @@ class Machinery:
     backend: TensorRTBackend
     animator: Animator
 
-    def keep_blocks(self, patch: pytest.MonkeyPatch, resident: int, ring: int) -> None:
-        """Plans keep so many blocks from now on; the others stream through so many slots."""
-        plan = self.backend.plan
+    def keep_blocks(self, patch: pytest.MonkeyPatch, resident: int, ring: int, *, lockable: int = 0) -> None:
+        """Plans keep so many blocks from now on; the others stream through so many slots, from page-locked memory of their own
+        if that is not more than `lockable` bytes."""
+        plan, self.backend._gpu.lockable = self.backend.plan, lockable
 
         def fewer(*arguments: Any, **keywords: Any) -> Any:
             return replace(plan(*arguments, **keywords), resident_blocks=resident, ring=ring)

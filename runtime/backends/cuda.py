@@ -20,6 +20,7 @@ from ...bundle.errors import DeviceError
 __all__ = ["Allocation", "Device", "Event", "Pinned", "Stream", "open_device"]
 
 INSTALL = "pip install pycuda (docs/gpu.md has the line for this kind of machine)"
+_contexts: dict[int, Any] = {}  # by the GPU's number
 _NON_BLOCKING = 1  # CU_STREAM_NON_BLOCKING, which pycuda has no name for
 _LOST = (
     "launch",
@@ -48,7 +49,9 @@ def open_device(number: int = 0) -> Device:
         if number >= count:
             raise DeviceError(f"CUDA finds {count} GPUs, numbered from 0; there is no GPU {number}.")
         device = cuda.Device(number)
-        return Device(cuda, device, device.retain_primary_context())
+        if number not in _contexts:
+            _contexts[number] = device.retain_primary_context()
+        return Device(cuda, device, _contexts[number])
 
 
 def _load() -> ModuleType:
@@ -129,7 +132,7 @@ class Device:
             return Event(self._cuda.Event(int(chosen)))
 
     def close(self) -> None:
-        """Gives the context back. Everything that was made on it must be gone."""
+        """Ends the use of the context. Everything that was made on it must be gone."""
         self._context = None
 
 

@@ -25,12 +25,13 @@ from ...engines.mend import ON_PROCESSOR
 from ...engines.mismatch import Request as Wanted
 from ...engines.planner import MemoryPlan, plan_with_engines
 from ...engines.profiles import default_size
+from ..memory import physical_memory
 from ..request import Request
 from ..tiling import Tiling
 from .arena import ALIGNMENT, Arena, DeviceArray, Piece
 from .base import Graph
 from .cuda import Allocation, Device, Event, Pinned, open_device
-from .ring import DeviceBlocks
+from .ring import KEPT_SHARE, DeviceBlocks
 from .tensorrt import CACHE_NAME, Engine, Library
 
 __all__ = ["Gpu", "GpuBuffers", "GpuCall", "GpuGraph", "TensorRTBackend"]
@@ -67,6 +68,8 @@ class Gpu:
         self.compute, self.copying = device.stream(), device.stream()
         self.fence = device.event()
         self.ring = 0  # slots for streamed blocks, by the plan
+        # Bytes of host memory that may be locked for streamed blocks. None where it is the GPU's: that would be a second copy.
+        self.lockable = 0 if device.unified else int(KEPT_SHARE * (physical_memory() or 0))
         self.arena: Arena | None = None
         self._memory: Allocation | None = None
         self._staging: list[tuple[Pinned, Event]] = []

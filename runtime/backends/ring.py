@@ -2,7 +2,8 @@
 
 A copy goes from the mapped file into page-locked memory (by this thread) and from there into the slot (by the GPU, in a stream of
 its own). Events order the two streams: a block computes after its copy, and a slot is written after the block that used it.
-Blocks that stay are spread evenly between those that stream, so that each streamed one has as much time as can be had.
+Blocks that stay are spread evenly between those that stream, so that each streamed one has as much time as can be had. Where the
+host has memory to spare, streamed blocks stay in page-locked memory, and this thread copies each of them only once.
 
 The thread of the loop waits in two places, never for the newest work: for a page-locked buffer whose copy began several blocks
 ago, and for the block `PACE` before this one, so that cancelling need not wait for a long queue.
@@ -26,6 +27,7 @@ __all__ = ["PACE", "STAGED", "DeviceBlocks", "Layout", "spread"]
 
 STAGED = 3  # page-locked buffers of one block each
 PACE = 4  # blocks that may be enqueued beyond the one that computes
+KEPT_SHARE = 0.25  # of the host's memory may be locked for streamed blocks
 EARLY = 2  # blocks that stay are copied so many blocks before their first use
 
 
@@ -59,8 +61,11 @@ class _Slot:
 
 
 class _Staging:
+    """Page-locked room for one block. `sent`: the last copy from it is done. `block`: whose weights are in it."""
+
     def __init__(self, memory: Pinned, sent: Event):
         self.memory, self.sent = memory, sent
+        self.block: int | None = None
 
 
 class _Weight(DeviceArray):
@@ -92,6 +97,7 @@ class DeviceBlocks:
         self._ring: list[_Slot] = []
         self._events: list[tuple[Event, Event]] = []  # of all slots that ever were; they serve again
         self._staging: list[_Staging] = []
+        self._kept: dict[int, _Staging] = {}  # of streamed blocks, if they have page-locked memory of their own
         self._fences: list[Event] = []
         self._loaded: set[int] = set()
         self._copied = self._used = self._passed = self._turn = 0
@@ -117,6 +123,7 @@ class DeviceBlocks:
                     _Staging(gpu.device.pinned(self._bytes), gpu.device.event()) for _ in range(min(STAGED, count))
                 ]
                 self._fences = [gpu.device.event() for _ in range(PACE)]
+            self._keep(self._streamed if self._bytes * len(self._streamed) <= gpu.lockable else ())
             # The arena's places may still be read by what was computed before.
             gpu.fence.record(gpu.compute)
             gpu.copying.wait_for(gpu.fence)
@@ -125,6 +132,15 @@ class DeviceBlocks:
         if number == len(self._events):
             self._events.append((self._gpu.device.event(), self._gpu.device.event()))
         return _Slot(self._gpu.take(self._bytes, "a block's weights"), *self._events[number])
+
+    def _keep(self, blocks: Sequence[int]) -> None:
+        """Page-locked memory for these blocks, and for no others."""
+        for block in set(self._kept) - set(blocks):
+            self._kept.pop(block).memory.free()
+        for block in blocks:
+            if block not in self._kept:
+                device = self._gpu.device
+                self._kept[block] = _Staging(device.pinned(self._bytes), device.event())
 
     def ahead(self, index: int) -> None:
         """Enqueues the copies that there is room for, and lets the compute stream wait for that of block `index`."""
@@ -152,13 +168,17 @@ class DeviceBlocks:
 
     def _copy(self, block: int, slot: _Slot) -> None:
         gpu, file, layout = self._gpu, self._files[block], self._layouts[block]
-        staging = self._staging[self._turn % len(self._staging)]
-        self._turn += 1
-        staging.sent.wait()
-        layout.fill(staging.memory[: layout.nbytes], file)
-        file.release()  # the pages go back; they stay in the system's file cache
-        if self._streamed:
-            self._files[self._streamed[(self._copied + 1) % len(self._streamed)]].prefetch()
+        staging = self._kept.get(block)
+        if staging is None:
+            staging = self._staging[self._turn % len(self._staging)]
+            self._turn += 1
+        if staging.block != block:
+            staging.sent.wait()
+            layout.fill(staging.memory[: layout.nbytes], file)
+            staging.block = block
+            file.release()  # the pages go back; they stay in the system's file cache
+            if self._streamed:
+                self._files[self._streamed[(self._copied + 1) % len(self._streamed)]].prefetch()
         gpu.copying.wait_for(slot.free)
         gpu.copying.copy_in(slot.piece.address, staging.memory[: layout.nbytes])
         staging.sent.record(gpu.copying)
@@ -186,5 +206,6 @@ class DeviceBlocks:
         self.close()
         while self._staging:
             self._staging.pop().memory.free()
+        self._keep(())
         self._events.clear()
         self._fences.clear()

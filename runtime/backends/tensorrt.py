@@ -77,7 +77,8 @@ class Library:
         engine = self._runtime.deserialize_cuda_engine(data)
         if engine is None:
             raise DeviceError(f"The engine of {graph!r} ({str(path)!r}) cannot be opened: {self.cause()}")
-        return Engine(self, graph, engine, *self._context(graph, engine))
+        context, config = self._context(graph, engine)
+        return Engine(self, graph, engine, context, config)
 
     def _context(self, graph: str, engine: Any) -> tuple[Any, Any]:
         """The execution context, and the configuration that must live as long."""
