@@ -15,9 +15,7 @@ import contextlib
 import gc
 import hashlib
 import importlib
-import importlib.util
 import os
-import platform
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -31,6 +29,7 @@ from ..bundle.errors import BundleError, DeviceError, EdgeError, Interrupted
 from .cause import cause_of
 from .profiles import Profile
 from .report import LayerReport, memory_of, parse_inspector_json, parse_log
+from .surface import has, lean_library
 from .targets import Capability, Flavour, capability_name
 
 __all__ = ["MODULES", "EngineJob", "Product", "build_engine", "has", "lean_library", "load_tensorrt"]
@@ -87,16 +86,6 @@ def load_tensorrt(flavour: Flavour) -> ModuleType:
         raise DeviceError(
             f"The package {name.replace('_', '-')} is installed but cannot be loaded: {error}."
         ) from error
-
-
-def has(trt: ModuleType, name: str) -> bool:
-    """Whether this TensorRT has `name` ("IStreamWriter", "Builder.build_serialized_network_to_stream")."""
-    found: Any = trt
-    for part in name.split("."):
-        if not hasattr(found, part):
-            return False
-        found = getattr(found, part)
-    return True
 
 
 def build_engine(job: EngineJob, progress: Progress, trt: ModuleType | None = None) -> tuple[Product, LayerReport]:
@@ -371,17 +360,6 @@ def _lean_runtime(job: EngineJob, runtime: Any) -> Any:
             "Install it, in the version of TensorRT (pip install tensorrt-lean)."
         )
     return found
-
-
-def lean_library() -> Path | None:
-    """The shared library of TensorRT's lean runtime: from its package, else where the system keeps it (JetPack)."""
-    spec = importlib.util.find_spec("tensorrt_lean_libs")
-    places = [Path(place) for place in (spec.submodule_search_locations or ())] if spec is not None else []
-    places += [Path("/usr/lib") / f"{platform.machine()}-linux-gnu"]
-    for place in places:
-        if libraries := sorted([*place.glob("libnvinfer_lean.so*"), *place.glob("nvinfer_lean*.dll")]):
-            return libraries[0]
-    return None
 
 
 def _refused(job: EngineJob, log: Any, what: str, also: str = "") -> EdgeError:
