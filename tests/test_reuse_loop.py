@@ -11,14 +11,16 @@ import numpy as np
 import pytest
 
 from dynamictrl_edge.bundle.config import Geometry
+from dynamictrl_edge.bundle.manifest import graph_form
 from dynamictrl_edge.bundle.store import Bundle
+from dynamictrl_edge.calibration.decide import snr
 from dynamictrl_edge.runtime.backends.onnxruntime import OnnxRuntimeBackend
 from dynamictrl_edge.runtime.denoiser import Denoiser, Latents
 from dynamictrl_edge.runtime.noise import NoiseSource
 from dynamictrl_edge.runtime.reuse.loop import Reuse
 from dynamictrl_edge.runtime.reuse.policy import ReusePolicy, parse_policy
 from dynamictrl_edge.runtime.scheduler import Schedule, SchedulerConfig, advance, make_schedule
-from tests.conftest import Export
+from tests.conftest import Export, Quantized
 from tests.golden import max_abs
 
 MODELS = ("cogvideox10-tiny", "cogvideox15-tiny", "learned")
@@ -55,6 +57,9 @@ class Model:
         latents = self.latents
         return latents if guided else Latents(latents.prompt_embeds[1:], latents.image, latents.pose)
 
+    def graph_of(self, kind: str, block: int) -> Any:
+        return self.backend.graph(graph_form(kind, self.bundle.manifest.block_graphs[block]))
+
     def run(self, policy: ReusePolicy | None, steps: int, *, guided: bool = True) -> tuple[list[np.ndarray], list[str]]:
         """Latents after every step, and the kinds of the steps."""
         schedule = self.schedule(steps)
@@ -79,6 +84,12 @@ class Model:
 def model(exported: Export) -> Any:
     """`model(name)`"""
     return cache(lambda name: Model(exported(name)))
+
+
+@pytest.fixture(scope="session")
+def quantized_model(quantized: Quantized) -> Any:
+    """`quantized_model(scheme, kept)`: so many linears stay in high precision."""
+    return cache(lambda scheme, kept=None: Model(quantized(scheme, kept=kept)))
 
 
 def policy_of(text: str) -> ReusePolicy:
@@ -154,11 +165,13 @@ def reference(model: Model, policy: ReusePolicy, steps: int, guided: bool) -> li
                 **model.bundle.tensors(f"block_{i:02d}"),
             }
             if tokens is None and len(active):
-                outputs = graph("tokens_keep")({**feeds, "rows": others + length})
+                outputs = model.graph_of("tokens_keep", i)({**feeds, "rows": others + length})
             elif tokens is None:
-                outputs = graph("block")(feeds)
+                outputs = model.graph_of("block", i)(feeds)
             else:
-                outputs = graph("tokens_reuse")({**feeds, **{n: caches[h][i][n] for n in ("keys", "values")}})
+                outputs = model.graph_of("tokens_reuse", i)(
+                    {**feeds, **{n: caches[h][i][n] for n in ("keys", "values")}}
+                )
             given.append(outputs)
             video, text, pose = outputs["video_out"], outputs["text_out"], outputs["pose_out"]
         return video, given
@@ -230,6 +243,36 @@ def test_reused_steps_are_those_of_a_plain_reference(text: str, guided: bool, mo
     assert set(kinds) != {"full"} or (not guided and not policy.reuses_trunk and not policy.reuses_tokens)
     for one, wanted in zip(got, reference(tiny, policy, 10, guided), strict=True):
         assert max_abs(one, wanted) < 1e-4
+
+
+# --- quantized bundles
+
+SCHEMES = [("int8", None), ("int8", 3), ("int8-weights", None), ("fp8", None)]
+
+
+@pytest.mark.parametrize(("scheme", "kept"), SCHEMES)
+def test_token_reuse_with_all_tokens_active_equals_the_quantized_full_loop(
+    scheme: str, kept: int | None, quantized_model: Any
+) -> None:
+    tiny = quantized_model(scheme, kept)
+    mixtures = set(tiny.bundle.manifest.block_graphs)
+    assert (mixtures == {"block"}) == (kept is None)
+    full, _ = tiny.run(None, 8)
+    got, kinds = tiny.run(policy_of("tokens,warmup=1,final=0,token_share=1"), 8)
+    assert kinds == ["full", "tokens", "tokens", "tokens"] * 2
+    assert max(max_abs(a, b) for a, b in zip(got, full, strict=True)) < 1e-4
+
+
+@pytest.mark.parametrize(("scheme", "kept"), SCHEMES)
+def test_reused_steps_of_a_quantized_bundle_are_those_of_a_plain_reference(
+    scheme: str, kept: int | None, quantized_model: Any
+) -> None:
+    tiny, policy = quantized_model(scheme, kept), policy_of(f"combined,{SHORT},trunk_order=1")
+    got, kinds = tiny.run(policy, 10)
+    assert set(kinds) == {"full", "trunk", "tokens+guidance", "trunk+guidance"}
+    for one, wanted in zip(got, reference(tiny, policy, 10, True), strict=True):
+        # What lies between two integers may fall on either side, and all steps after that differ; without, 120 dB are left.
+        assert snr(wanted, one) > 30
 
 
 def test_halves_in_turn_are_the_halves_side_by_side(model: Any) -> None:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from ...bundle.config import Geometry, TransformerConfig
+from ...bundle.manifest import graph_form
 from ..backends.base import Call
 from ..denoiser import Denoiser, Latents, Loop
 from ..scheduler import Schedule
@@ -301,8 +302,8 @@ class ReuseLoop(Loop):
     def _row_of(self, graph: str, h: int, lane: int, lanes: int) -> list[Call]:
         if graph == "tokens_keep" and self._caching(h) < 0:
             graph = "block"
-        names = self._denoiser.block_graphs if graph == "block" else (graph,) * len(self._blocks)
-        graphs = [self._backend.graph(name, lane, lanes) for name in names]
+        names = self._denoiser.block_graphs
+        graphs = [self._backend.graph(graph_form(graph, name), lane, lanes) for name in names]
         arrays = self._active_arrays if graph == "tokens_reuse" else self._all_arrays
         return [
             prepared.prepare({**arrays(h, i), **self._cache_arrays(graph, h, i), **self._blocks[i]})
