@@ -18,6 +18,7 @@ pytestmark = needs_rtx
 
 GRAPHS = (
     *("tokens_keep", "tokens_reuse", "tokens_take", "tokens_put"),
+    *("cache_narrow", "cache_widen"),
     *("trunk_keep", "trunk_reuse", "trunk_probe", "head_reuse"),
 )
 

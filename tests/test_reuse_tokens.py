@@ -88,15 +88,17 @@ def test_without_a_skeleton_the_active_tokens_lie_spread() -> None:
 SIZES = {"1360x768x37": (768, 1360, 37), "1024x576x37": (576, 1024, 37)}
 
 
-@pytest.mark.parametrize("name", POLICIES)
+@pytest.mark.parametrize("name", [*POLICIES, "tokens,token_cache=int8", "combined,token_cache=int8"])
 @pytest.mark.parametrize("guided", [True, False])
 @pytest.mark.parametrize(("precision", "compute"), [("fp32", np.float32), ("fp16", np.float16)])
 def test_bytes_are_those_of_what_is_allocated(name: str, guided: bool, precision: str, compute: type) -> None:
     size = geometry(TRANSFORMER, VAE, 64, 96, 9)
-    layout = cache_layout(POLICIES[name], TRANSFORMER, size, guided=guided)
+    policy = parse_policy(name)
+    assert policy is not None
+    layout = cache_layout(policy, TRANSFORMER, size, guided=guided)
     made = allocate(layout, np.dtype(np.float32), np.dtype(compute))
     assert set(made) == set(layout)
-    counted = cache_bytes(POLICIES[name], TRANSFORMER, size, guided=guided, precision=precision)
+    counted = cache_bytes(policy, TRANSFORMER, size, guided=guided, precision=precision)
     assert sum(array.nbytes for array in made.values()) == counted
 
 

@@ -25,6 +25,8 @@ def needed_graphs(policy: ReusePolicy, *, guided: bool) -> tuple[str, ...]:
         names.append("trunk_probe")
     if policy.reuses_tokens:
         names += ["tokens_keep", "tokens_reuse", "tokens_take", "tokens_put"]
+        if policy.token_cache == "int8":
+            names += ["cache_narrow", "cache_widen"]
     return tuple(names)
 
 
@@ -97,4 +99,6 @@ def _more_sessions(policy: ReusePolicy, *, guided: bool) -> int:
     linears; each keeps its activations."""
     alone = policy.reuses_guidance and guided
     lanes = 2 if guided and not alone else 1
-    return int(alone) + (2 * lanes if policy.reuses_tokens else 0)
+    # The graphs that narrow and widen caches need less than one of a block's.
+    kinds = 3 if policy.token_cache == "int8" else 2
+    return int(alone) + (kinds * lanes if policy.reuses_tokens else 0)
