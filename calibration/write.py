@@ -14,7 +14,17 @@ import numpy as np
 import onnx
 
 from ..bundle.errors import BundleError
-from ..bundle.manifest import OWN, FileEntry, GraphSpec, Manifest, Quantization, Scheme, write_manifest
+from ..bundle.manifest import (
+    BLOCK_KINDS,
+    OWN,
+    FileEntry,
+    GraphSpec,
+    Manifest,
+    Quantization,
+    Scheme,
+    graph_form,
+    write_manifest,
+)
 from ..bundle.store import Bundle
 from ..bundle.tensors import MappedTensors, TensorWriter
 from ..export.workspace import spec_of
@@ -99,14 +109,17 @@ class Writer:
             stored.release()
 
     def _block_graph(self, name: str, linears: list[str], scheme: Scheme) -> None:
-        manifest = self.source.manifest
-        for own, form in (("", "portable"), (OWN, "cpu")):
-            if (base := "block" + own) in manifest.graphs:
-                self.graph(name + own, quantized(read_model(self.source, base), linears, scheme, form))  # type: ignore[arg-type]
-        if linears:
-            self.linears[name] = tuple(linears)
-            if scheme == "int8-weights":
-                self.weights_only.append(name)
+        """The block's graph `name`, and its forms for token reuse where the source has them: all take the same weights."""
+        graphs = self.source.manifest.graphs
+        for kind in (kind for kind in BLOCK_KINDS if kind in graphs):
+            made = graph_form(kind, name)
+            for own, form in (("", "portable"), (OWN, "cpu")):
+                if (base := kind + own) in graphs:
+                    self.graph(made + own, quantized(read_model(self.source, base), linears, scheme, form))  # type: ignore[arg-type]
+            if linears:
+                self.linears[made] = tuple(linears)
+                if scheme == "int8-weights":
+                    self.weights_only.append(made)
 
     def _tensors(self, name: str, arrays: Mapping[str, np.ndarray], *sources: MappedTensors) -> None:
         """Writes `weights/<name>.safetensors`; arrays are of the files `sources`, or float32."""

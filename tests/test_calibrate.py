@@ -15,7 +15,7 @@ from benchmarks.checkpoints import SPECS, transformer_config
 from benchmarks.int8_latency import kernels
 from dynamictrl_edge.bundle.config import TransformerConfig
 from dynamictrl_edge.bundle.errors import BundleError, DeviceError, InputError, UsageError
-from dynamictrl_edge.bundle.manifest import read_manifest
+from dynamictrl_edge.bundle.manifest import BLOCK_KINDS, graph_form, read_manifest
 from dynamictrl_edge.bundle.store import Bundle
 from dynamictrl_edge.calibration import calibrate as module
 from dynamictrl_edge.calibration import conditioning
@@ -89,9 +89,23 @@ def test_linears_stay_in_high_precision(quantized: Quantized, bundle15: Path, tm
         tensors = Bundle(tmp_path / "q").tensors(f"block_{block:02d}")
         kinds = {name: tensors.infos[f"{name}_weight"].dtype for name in LINEARS}
         assert {name for name, kind in kinds.items() if kind == "F32"} == made.choice.kept[block]
-        assert {port.name for port in manifest.graphs[graph].inputs} >= set(tensors)
+        for kind in BLOCK_KINDS:
+            form = graph_form(kind, graph)
+            assert {port.name for port in manifest.graphs[form].inputs} >= set(tensors)
+            assert manifest.quantized_linears(form) == manifest.quantized_linears(graph)
     better = snr(latents(bundle15), latents(tmp_path / "q"))
     assert better > snr(latents(bundle15), latents(quantized("int8"))) - 1
+
+
+def test_a_source_without_the_graphs_of_reuse_gets_none(bundle15: Path, tmp_path: Path) -> None:
+    source = shutil.copytree(bundle15, tmp_path / "source")
+    edit(
+        source, lambda manifest: [manifest["graphs"].pop(name) for name in list(manifest["graphs"]) if "tokens" in name]
+    )
+    calibrate(source, tmp_path / "q", some_samples(1), quick(), threads=1)
+    made = read_manifest(tmp_path / "q")
+    assert made.quantization is not None and set(made.quantization.linears) == {"block", "modulation", "text_block"}
+    assert not any("tokens" in name for name in made.graphs)
 
 
 def test_the_result_is_the_same_every_time(quantized: Quantized, bundle15: Path, tmp_path: Path) -> None:
