@@ -1,12 +1,12 @@
 """Measures how many bytes of activations TensorRT-RTX plans for every graph, at real widths, on a machine without a GPU.
 
-    python benchmarks/activation_memory.py [--only REGEX] [--jobs 2]
+    python benchmarks/activation_memory.py [--reuse] [--only REGEX] [--jobs 2]
 
 The graphs are traced at the size of DynamiCtrl-5B (and of the 27-million-parameter benchmark model) without their weights; the
 VAE's are zeros, which do not change what is measured. Each is built for several shapes, precisions and GPUs, and the
-compiler's own report is written to `benchmarks/results/activation_memory.json`. `engines/activations.py` was fitted to that
-file and is tested against it. No bundle holds quantized graphs yet: here the block's four matrix products get
-quantization with constant scales and integer weights as inputs, which is the form that quantized bundles will have.
+compiler's own report is written to `benchmarks/results/activation_memory.json`, with `--reuse` that of the graphs of reuse
+between steps to `activation_memory_reuse.json`. `engines/activations.py` was fitted to both and is tested against them.
+Quantized graphs are rewritten as `dynamictrl calibrate` does it.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from dynamictrl_edge.engines.worker import Answer
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT))  # so that this file also runs as a script
 
-__all__ = ["Case", "Configs", "Graphs", "build", "cases", "configs_of", "record"]
+__all__ = ["Case", "Configs", "Graphs", "build", "cases", "configs_of", "record", "reuse_cases"]
 
 TURING, AMPERE, ADA, BLACKWELL = (7, 5), (8, 6), (8, 9), (12, 0)
 CURRENT = (AMPERE, ADA, BLACKWELL)
@@ -80,7 +80,7 @@ def configs_of(model: str) -> Configs:
 
 
 def cases() -> Iterator[Case]:
-    """What is measured."""
+    """What is measured of the exact loop."""
     yield from _blocks()
     yield from _small_graphs()
     yield from _vae_graphs()
@@ -138,6 +138,54 @@ def _small_graphs() -> Iterator[Case]:
             yield Case(model, "text_block", precision, precision, CURRENT, {"B": batch, "S": length})
 
 
+def reuse_cases() -> Iterator[Case]:
+    """What is measured of reuse between steps: as engines are built, with any number of tokens active and kept, and less."""
+    yield from _token_steps()
+    for model, precision, sizes in (
+        *(("full", precision, (SIZES[0], SIZES[2])) for precision in ("fp16", "bf16")),
+        ("bench-27m", "fp32", SIZES[:1]),
+    ):
+        transformer, vae, _ = configs_of(model)
+        for height, width, frames in sizes:
+            g = geometry(transformer, vae, height, width, frames)
+            n = g.video_tokens
+            latents = {"F": g.latent_frames, "H": g.latent_height, "W": g.latent_width, "N": n}
+            yield Case(model, "head_reuse", precision, precision, CURRENT, latents)
+            for graph in ("trunk_keep", "trunk_reuse", "trunk_probe"):
+                yield Case(model, graph, precision, precision, CURRENT, {"N": n})
+            for graph in ("tokens_take", "tokens_put"):
+                yield Case(model, graph, precision, precision, CURRENT, {"N": n, "A": n})
+            for graph in ("cache_narrow", "cache_widen"):
+                yield Case(model, graph, precision, precision, CURRENT, {"K": n})
+
+
+def _token_steps() -> Iterator[Case]:
+    kinds: tuple[tuple[str, str, tuple[Capability, ...]], ...] = (
+        *((precision, "bf16", CURRENT) for precision in ("bf16", "int8", "int8-weights")),
+        *((precision, "fp16", CURRENT) for precision in ("fp16", "int8")),
+        ("fp8", "bf16", (ADA, BLACKWELL)),
+        ("fp16", "fp16", (TURING,)),
+    )
+    for (precision, base, capabilities), batch in itertools.product(kinds, (1, 2)):
+        for tokens in (1728, 20400):
+            yield from _token_step("full", precision, base, capabilities, batch, tokens)
+    for batch in (1, 2):
+        yield from _token_step("full", "fp32", "fp32", CURRENT, batch, 1728)
+        for precision in ("fp16", "fp32"):
+            yield from _token_step("bench-27m", precision, precision, CURRENT, batch, 1280)
+
+
+def _token_step(
+    model: str, precision: str, base: str, capabilities: tuple[Capability, ...], batch: int, tokens: int
+) -> Iterator[Case]:
+    n, text = tokens, configs_of(model).transformer.max_text_seq_length
+    whole = {"B": batch, "N": n, "L": text, "S": n + text, "K": n}
+    yield Case(model, "tokens_keep", precision, base, capabilities, whole)
+    for active, kept in ((n, n), (2 * n // 5, n - 2 * n // 5), (n // 10, n - n // 10)):
+        axes = {"B": batch, "A": active, "L": text, "Q": active + text, "K": kept}
+        yield Case(model, "tokens_reuse", precision, base, capabilities, axes)
+
+
 def _vae_graphs() -> Iterator[Case]:
     tiles = {"full": ((16, 22), (30, 45), (48, 85), (96, 170)), "bench-27m": ((16, 16), (40, 64))}
     for model, precision in itertools.product(tiles, ("fp16", "bf16")):
@@ -177,6 +225,7 @@ class Graphs:
     def _make(self, model: str, graph: str, precision: str, base: str) -> tuple[GraphSpec, Path]:
         import onnx
 
+        from dynamictrl_edge.export.reuse import reuse_modules
         from dynamictrl_edge.export.text_encoder import TextBlock, text_block_signature
         from dynamictrl_edge.export.trace import trace
         from dynamictrl_edge.export.transformer import graph_modules
@@ -193,7 +242,8 @@ class Graphs:
             module, signature = TextBlock(configs.text, format), text_block_signature(configs.text, format)
             workspace.add_graph(graph, trace(module, signature, name=graph))
         else:
-            traced = trace(*graph_modules(configs.transformer, base)[graph], name=graph)
+            modules = {**graph_modules(configs.transformer, base), **reuse_modules(configs.transformer, base)}
+            traced = trace(*modules[graph], name=graph)
             if precision != base:
                 from dynamictrl_edge.calibration.block_graph import LINEARS, quantized
 
@@ -269,7 +319,7 @@ def _least(axis: str, most: int, case: Case) -> int:
     """What `dynamictrl build` takes as the smallest: one token, one step, one latent; the text is always whole."""
     if axis == "L" or (case.graph == "text_block" and axis == "S"):
         return most
-    if axis == "S":
+    if axis in ("S", "Q"):
         return case.axes["L"] + 1
     patch = configs_of(case.model).transformer
     return {"F": patch.time_patch, "H": patch.patch_size, "W": patch.patch_size}.get(axis, 1)
@@ -293,10 +343,12 @@ def main() -> None:
     from benchmarks.receipt import write_receipt
 
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--reuse", action="store_true", help="measure the graphs of reuse between steps")
     parser.add_argument("--only", default="", help="measure cases whose text matches, and write no receipt")
     parser.add_argument("--jobs", type=int, default=1, help="compilers at work at once; one may need 3 GB")
     arguments = parser.parse_args()
-    chosen = [case for case in cases() if re.search(arguments.only, str(case))]
+    listed = reuse_cases() if arguments.reuse else cases()
+    chosen = [case for case in listed if re.search(arguments.only, str(case))]
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as name, ThreadPoolExecutor(arguments.jobs) as pool:
         folder = Path(name)
@@ -310,7 +362,8 @@ def main() -> None:
     print(f"{len(rows)} builds in {seconds:.0f} s")
     if not arguments.only:
         settings = {"sizes": [f"{width}x{height}x{frames}" for height, width, frames in SIZES]}
-        print(write_receipt("activation_memory", settings, {"builds": rows, "seconds": seconds}))
+        receipt = "activation_memory_reuse" if arguments.reuse else "activation_memory"
+        print(write_receipt(receipt, settings, {"builds": rows, "seconds": seconds}))
 
 
 if __name__ == "__main__":

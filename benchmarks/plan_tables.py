@@ -15,16 +15,20 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dynamictrl_edge.bundle.config import TextConfig, TransformerConfig, VaeConfig
+from dynamictrl_edge.cli.memory_plans import memory_of
 from dynamictrl_edge.engines.activations import estimate_activation
 from dynamictrl_edge.engines.planner import PRESETS, RING, MemoryPlan, ModelFacts, model_facts, plan
 from dynamictrl_edge.engines.stages import CONTEXT, PROCESS
+from dynamictrl_edge.runtime.reuse.policy import POLICIES, parse_policy
 
 ROOT = Path(__file__).resolve().parents[1]
 
-__all__ = ["Estimate", "document", "estimates", "full_size_facts"]
+__all__ = ["Estimate", "document", "estimates", "full_size_facts", "receipts"]
 
 PATH = ROOT / "docs" / "memory.md"
-RECEIPT = ROOT / "benchmarks" / "results" / "activation_memory.json"
+RECEIPTS = tuple(
+    ROOT / "benchmarks" / "results" / f"{name}.json" for name in ("activation_memory", "activation_memory_reuse")
+)
 TABLED = ("bf16", "fp16", "int8")
 BUDGETS = (6, 8, 12, 16, 24)
 GB = 1e9
@@ -96,9 +100,17 @@ def _capability(name: str) -> tuple[int, int]:
     return int(digits[:-1]), int(digits[-1])
 
 
+def receipts() -> dict[str, Any]:
+    """The receipts of all graphs as one."""
+    read = [json.loads(path.read_text()) for path in RECEIPTS]
+    builds = [build for one in read for build in one["figures"]["builds"]]
+    return {**read[0], "figures": {"builds": builds}}
+
+
 def document(receipt: Mapping[str, Any]) -> str:
     """The whole of docs/memory.md."""
-    parts = [_introduction(), _fits_tables(), _least_table(), _stage_table(), _unified(), _accuracy(receipt), _open()]
+    parts = [_introduction(), _fits_tables(), _least_table(), _reuse_table(), _stage_table(), _unified()]
+    parts += [_accuracy(receipt), _open()]
     return "\n\n".join(parts) + "\n"
 
 
@@ -186,6 +198,26 @@ def _least_table() -> str:
     return "\n".join(lines)
 
 
+def _reuse_table() -> str:
+    columns = [(size, precision) for size in PRESETS[1:3] for precision in ("bf16", "int8")]
+    lines = [
+        "## Reuse between steps",
+        "",
+        "With `inspect --memory GB --reuse NAME` the plan also has the caches of that policy and the activations of its "
+        "graphs, whose engines take any number of active tokens. What does not fit is refused with its bytes and the policies "
+        "that do. Smallest budgets, as above:",
+        "",
+        "| `--reuse` | " + " | ".join(f"{size} in {precision}" for size, precision in columns) + " |",
+        "|---|" + "---|" * len(columns),
+    ]
+    for name in ("off", *POLICIES, "tokens,token_cache=int8", "combined,token_cache=int8"):
+        policy = parse_policy(name)
+        reuse = None if policy is None else memory_of(policy, TRANSFORMER)
+        made = [plan(full_size_facts(precision), size, reuse=reuse) for size, precision in columns]
+        lines.append(f"| `{name}` | " + " | ".join(f"{one.smallest_budget / GB:.2f} GB" for one in made) + " |")
+    return "\n".join(lines)
+
+
 def _stage_table() -> str:
     size = PRESETS[2]
     lines = ["## What lies in memory", ""]
@@ -225,8 +257,9 @@ def _accuracy(receipt: Mapping[str, Any]) -> str:
         "## How good the estimates are",
         "",
         f"{len(receipt['figures']['builds'])} engines were built with TensorRT-RTX {versions.get('tensorrt_rtx', '')} at several "
-        "sizes, without a GPU (`benchmarks/results/activation_memory.json`). Estimate against the builder's report, for the "
-        f"full-size model; builds of less than {SMALL / 1e6:.0f} MB are listed by their difference in MB:",
+        "sizes, without a GPU (`activation_memory.json` and `activation_memory_reuse.json` in `benchmarks/results`). Estimate "
+        f"against the builder's report, for the full-size model; builds of less than {SMALL / 1e6:.0f} MB are listed by their "
+        "difference in MB:",
         "",
         "| graph | precisions | builds | largest | furthest below | furthest above | small ones, MB |",
         "|---|---|---|---|---|---|---|",
@@ -270,7 +303,7 @@ def _open() -> str:
 - Whether a GPU agrees: the CUDA context's size, memory that TensorRT-RTX takes for kernels compiled on the device, and
   fragmentation are in the allowance, not measured.
 - TensorRT (Jetson, servers) plans activations of its own; there these estimates are a guess until engines are built.
-- Quantized blocks were measured on a graph made for the purpose, since no bundle holds one yet.
+- Quantized `block` graphs were measured in an earlier form than `calibrate` writes now; those of token reuse as it does.
 - That an engine for two halves needs half of its memory when one goes through. The plan does not count on it: for "in turn",
   build with `--batch 1`."""
 
@@ -279,7 +312,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--check", action="store_true")
     check = parser.parse_args().check
-    text = document(json.loads(RECEIPT.read_text()))
+    text = document(receipts())
     if check:
         if not PATH.is_file() or PATH.read_text() != text:
             print("docs/memory.md is not what the planner says; run python benchmarks/plan_tables.py", file=sys.stderr)

@@ -16,7 +16,7 @@ from pathlib import Path
 from dynamictrl_edge.bundle.config import geometry
 from dynamictrl_edge.runtime.reuse.caches import cache_bytes
 from dynamictrl_edge.runtime.reuse.plan import flop_fraction, make_plan
-from dynamictrl_edge.runtime.reuse.policy import POLICIES, ReusePolicy
+from dynamictrl_edge.runtime.reuse.policy import POLICIES, ReusePolicy, parse_policy
 from dynamictrl_edge.runtime.reuse.tokens import active_count
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # so that this file also runs as a script
@@ -38,7 +38,10 @@ def table() -> str:
         f"| `--reuse` | operations done, {titles[0]} | caches | operations done, {titles[1]} | caches |",
         "|---|---|---|---|---|",
     ]
-    for name, policy in POLICIES.items():
+    for name in (*POLICIES, "tokens,token_cache=int8", "combined,token_cache=int8"):
+        policy = parse_policy(name)
+        if policy is None:
+            raise ValueError(f"{name} reuses nothing")
         cells = [f"`{name}`"]
         for width, height, frames in SIZES:
             size = geometry(TRANSFORMER, VAE, height, width, frames)

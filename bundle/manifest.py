@@ -13,6 +13,7 @@ from .precision import PRECISIONS
 
 __all__ = [
     "BLOCK",
+    "BLOCK_KINDS",
     "FORMAT_VERSION",
     "OWN",
     "SCHEMES",
@@ -22,6 +23,7 @@ __all__ = [
     "Port",
     "Quantization",
     "Scheme",
+    "graph_form",
     "graph_kind",
     "inside",
     "read_manifest",
@@ -32,6 +34,7 @@ FORMAT_NAME = "dynamictrl-edge-bundle"
 FORMAT_VERSION = 1
 MANIFEST_NAME = "bundle.json"
 BLOCK = "block"
+BLOCK_KINDS = (BLOCK, "tokens_keep", "tokens_reuse")  # a transformer block, and its forms for token reuse
 OWN = "_cpu"  # ends the names of graphs in ONNX Runtime's own operators, which no other runtime has
 
 Scheme = Literal["int8", "fp8", "int8-weights"]
@@ -117,8 +120,14 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
 
 
 def graph_kind(name: str) -> str:
-    """The graph that `name` is a form of: "block" for all mixtures of a quantized bundle, else `name` itself."""
-    return BLOCK if name.startswith(f"{BLOCK}_") else name
+    """The graph that `name` is a form of: "block" for all its mixtures in a quantized bundle, else `name` itself."""
+    return next((kind for kind in BLOCK_KINDS if name.startswith(f"{kind}_")), name)
+
+
+def graph_form(kind: str, block: str) -> str:
+    """The graph of `kind` (of `BLOCK_KINDS`) that takes the weights which `block`, one of `Manifest.block_graphs`, takes:
+    "tokens_keep", "block_keeps_out" -> "tokens_keep_keeps_out"."""
+    return kind + block.removeprefix(BLOCK)
 
 
 def inside(root: Path, name: str) -> Path:

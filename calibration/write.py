@@ -1,4 +1,5 @@
-"""Writes the quantized bundle: new graphs and weights of the blocks, the modulation and the text encoder; all else as it was."""
+"""Writes the quantized bundle: new graphs and weights of the blocks, the modulation, the conditioning and the text encoder; all
+else as it was."""
 
 from __future__ import annotations
 
@@ -13,13 +14,24 @@ import numpy as np
 import onnx
 
 from ..bundle.errors import BundleError
-from ..bundle.manifest import OWN, FileEntry, GraphSpec, Manifest, Quantization, Scheme, write_manifest
+from ..bundle.manifest import (
+    BLOCK_KINDS,
+    OWN,
+    FileEntry,
+    GraphSpec,
+    Manifest,
+    Quantization,
+    Scheme,
+    graph_form,
+    write_manifest,
+)
 from ..bundle.store import Bundle
 from ..bundle.tensors import MappedTensors, TensorWriter
 from ..export.workspace import spec_of
 from .block_graph import LINEARS, MODULATION_LINEARS, TEXT_LINEARS, modulation_graph, quantized
 from .blocks import BlockCandidate
 from .choose import Choice, graph_name
+from .conditioning import narrowed_graph
 from .graphs import read_model
 
 __all__ = ["Writer"]
@@ -77,6 +89,15 @@ class Writer:
             self._tensors(name, {**stored, **rows}, stored)
             stored.release()
 
+    def conditioning(self, linears: Sequence[str], shared: Path) -> None:
+        """The conditioning with int8 weights of `linears`; `shared`: all weights that the denoiser's graphs share."""
+        self.graph("conditioning", narrowed_graph(self.source, linears))
+        self.linears["conditioning"] = tuple(linears)
+        self.weights_only.append("conditioning")
+        stored = MappedTensors(shared, error=BundleError)
+        self._tensors("denoiser", dict(stored), stored)
+        stored.release()
+
     def text(self, narrowed: Sequence[Path]) -> None:
         """The text encoder with the weights of these files, one per layer."""
         self.graph("text_block", quantized(read_model(self.source, "text_block"), TEXT_LINEARS, "int8-weights"))
@@ -88,14 +109,17 @@ class Writer:
             stored.release()
 
     def _block_graph(self, name: str, linears: list[str], scheme: Scheme) -> None:
-        manifest = self.source.manifest
-        for own, form in (("", "portable"), (OWN, "cpu")):
-            if (base := "block" + own) in manifest.graphs:
-                self.graph(name + own, quantized(read_model(self.source, base), linears, scheme, form))  # type: ignore[arg-type]
-        if linears:
-            self.linears[name] = tuple(linears)
-            if scheme == "int8-weights":
-                self.weights_only.append(name)
+        """The block's graph `name`, and its forms for token reuse where the source has them: all take the same weights."""
+        graphs = self.source.manifest.graphs
+        for kind in (kind for kind in BLOCK_KINDS if kind in graphs):
+            made = graph_form(kind, name)
+            for own, form in (("", "portable"), (OWN, "cpu")):
+                if (base := kind + own) in graphs:
+                    self.graph(made + own, quantized(read_model(self.source, base), linears, scheme, form))  # type: ignore[arg-type]
+            if linears:
+                self.linears[made] = tuple(linears)
+                if scheme == "int8-weights":
+                    self.weights_only.append(made)
 
     def _tensors(self, name: str, arrays: Mapping[str, np.ndarray], *sources: MappedTensors) -> None:
         """Writes `weights/<name>.safetensors`; arrays are of the files `sources`, or float32."""

@@ -17,19 +17,34 @@ from .console import json_option, print_json, results, verbose_option, working
 @click.option("--engine", metavar="NAME", help="Show what the compiler made of this graph, kernel by kernel.")
 @click.option("--memory", type=float, metavar="GB", help="Show what clips need on a GPU with that much memory.")
 @click.option("--size", "sizes", multiple=True, metavar="WxHxF", help="With --memory: the clip; may be repeated.")
+@click.option("--reuse", default="off", metavar="NAME", help="With --memory: what steps reuse, as for animate.")
 @json_option
 @verbose_option
 def command(
-    bundle: Path, no_verify: bool, engine: str | None, memory: float | None, sizes: tuple[str, ...], as_json: bool
+    bundle: Path,
+    no_verify: bool,
+    engine: str | None,
+    memory: float | None,
+    sizes: tuple[str, ...],
+    reuse: str,
+    as_json: bool,
 ) -> None:
     """Show model, graphs, weights, engines and provenance of BUNDLE, after checking every file."""
+    from ..bundle.errors import UsageError
     from ..bundle.store import Bundle
+    from ..runtime.reuse import parse_policy
+    from ..runtime.reuse.fit import check_graphs
     from .engine_tables import engine_facts, engine_sets, show_kernels, show_sets
     from .memory_plans import memory_plans, plan_facts, show_plans
 
+    policy = parse_policy(reuse)
+    if policy is not None and memory is None:
+        raise UsageError(f"--reuse {reuse} goes with --memory GB: it plans the memory of clips.")
     opened = Bundle(bundle)
     manifest = opened.manifest
-    plans = [] if memory is None else memory_plans(manifest, memory, sizes)
+    if policy is not None:
+        check_graphs(manifest, str(bundle), policy, guided=True)
+    plans = [] if memory is None else memory_plans(manifest, memory, sizes, policy=policy)
     if not no_verify:
         with working(as_json) as progress:
             progress.stage("Checking files", len(manifest.files))

@@ -5,15 +5,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from ..bundle.config import TransformerConfig
 from ..bundle.errors import UsageError
 from ..bundle.manifest import Manifest
 from ..engines.engine_set import ClipSize
 from ..engines.model_facts import facts_of
-from ..engines.planner import PRESETS, MemoryPlan, plan
+from ..engines.planner import PRESETS, MemoryPlan, Reuse, plan
 from ..engines.profiles import default_size, parse_size
 from ..engines.targets import Capability
+from ..runtime.reuse.caches import cache_bytes
+from ..runtime.reuse.fit import needed_graphs
+from ..runtime.reuse.policy import POLICIES, ReusePolicy
 
-__all__ = ["memory_plans", "plan_facts", "show_plans"]
+__all__ = ["memory_of", "memory_plans", "plan_facts", "show_plans"]
 
 
 def memory_plans(
@@ -23,8 +27,10 @@ def memory_plans(
     *,
     capability: Capability | None = None,
     unified: bool = False,
+    policy: ReusePolicy | None = None,
 ) -> list[MemoryPlan]:
     """One plan per size for `budget` GB (1e9 bytes); without sizes, for the bundle's own and the presets it can make.
+    `policy`: what is reused between denoising steps.
 
     Raises:
         UsageError: the budget is not positive, or a size that was asked for is not possible.
@@ -33,14 +39,35 @@ def memory_plans(
         raise UsageError(f"--memory {budget:g} is not possible: give gigabytes, more than 0.")
     facts = facts_of(manifest)
     wanted: list[ClipSize] = [parse_size(size) for size in sizes]
+    reuse = None if policy is None else memory_of(policy, manifest.transformer)
+    policies = tuple(memory_of(other, manifest.transformer) for other in POLICIES.values())
     made = []
     for size in wanted or dict.fromkeys((default_size(manifest), *PRESETS)):
         try:
-            made.append(plan(facts, size, budget=round(1e9 * budget), capability=capability, unified=unified))
+            made.append(
+                plan(
+                    facts,
+                    size,
+                    budget=round(1e9 * budget),
+                    capability=capability,
+                    unified=unified,
+                    reuse=reuse,
+                    policies=policies,
+                )
+            )
         except UsageError:
             if wanted:
                 raise  # a preset that the model cannot make is left out
     return made
+
+
+def memory_of(policy: ReusePolicy, config: TransformerConfig) -> Reuse:
+    """What a planner for GPUs asks about a policy."""
+    return Reuse(
+        policy.name,
+        lambda size, guided, precision: cache_bytes(policy, config, size, guided=guided, precision=precision),
+        lambda guided: needed_graphs(policy, guided=guided),
+    )
 
 
 def plan_facts(made: MemoryPlan) -> dict[str, Any]:
@@ -52,6 +79,8 @@ def plan_facts(made: MemoryPlan) -> dict[str, Any]:
         "fits": made.fits,
         "peak": made.peak,
         "smallest_budget": made.smallest_budget,
+        "reuse": made.reuse,
+        "caches": made.caches,
         "batch": made.batch,
         "resident_blocks": made.resident_blocks,
         "tile": [made.tile.rows, made.tile.columns],

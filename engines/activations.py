@@ -3,7 +3,8 @@
 TensorRT-RTX lays an engine's intermediate tensors out in one arena whose size follows from the largest shapes of the profile
 alone: not from the weights' values, the other shapes, or the capability within SM80 and later. So a short formula per graph
 says it: how many tensors of which size are alive at once. The counts were read off the compiler's own reports
-(`benchmarks/results/activation_memory.json`; `docs/memory.md` says how far off the formulas are). Other TensorRT versions
+(`activation_memory.json` and `activation_memory_reuse.json` in `benchmarks/results`; `docs/memory.md` says how far off the
+formulas are). Other TensorRT versions
 were not measured. An engine's report always takes precedence over this file.
 """
 
@@ -35,7 +36,7 @@ def estimate_activation(
     oldest GPU that the engine is for; None: SM80 or later.
 
     Raises:
-        ValueError: no such graph, or one of reuse between steps, whose activations were not measured.
+        ValueError: no such graph.
         KeyError: an axis of the graph is missing.
     """
     if graph in _VAE:
@@ -48,6 +49,14 @@ def estimate_activation(
         "modulation": _modulation,
         "head_modulation": _head_modulation,
         "text_block": _text_block,
+        "tokens_keep": _tokens_keep,
+        "tokens_reuse": _tokens_reuse,
+        "tokens_put": _tokens_put,
+        "cache_narrow": _cache,
+        "cache_widen": _cache,
+        "trunk_probe": _trunk_probe,
+        "head_reuse": lambda facts, axes, capability: _head(facts, {**axes, "B": 1}, capability),
+        **dict.fromkeys(("trunk_keep", "trunk_reuse", "tokens_take"), _nothing),
     }
     if graph not in counts:
         raise ValueError(f"there is no graph {graph!r}; there are {', '.join((*counts, *_VAE))}")
@@ -114,6 +123,59 @@ def _head_modulation(facts: ModelFacts, axes: Mapping[str, int], capability: Cap
     config = facts.transformer
     rows = axes["T"] * (2 * FLOAT * config.width + 4 * config.time_embed_dim)
     return rows + (1 if axes["T"] > 1 else 2) * SCRATCH
+
+
+def _tokens_keep(facts: ModelFacts, axes: Mapping[str, int], capability: Capability | None) -> int:
+    """The block's; what is kept is written as it is made."""
+    if facts.precision != "int8-weights":
+        return _block(facts, axes, capability)
+    return _widening(facts, axes["B"], axes["N"] + axes["L"], capability)
+
+
+def _tokens_reuse(facts: ModelFacts, axes: Mapping[str, int], capability: Capability | None) -> int:
+    """B * Q tokens, whose attention has K more keys and values. The peak is the block's, or lies where they are joined."""
+    config, b, q, d = facts.transformer, axes["B"], axes["A"] + axes["L"], facts.transformer.width
+    sums = 8 * b * q * config.num_attention_heads
+    kept = 2 * facts.element * b * axes["K"] * d
+    if facts.base == "fp32":
+        scores = 2 * FLOAT * b * config.num_attention_heads * q * (q + axes["K"])
+        return (36 if b == 1 else 48) * b * q * d + sums + scores + kept
+    per_channel = _bytes_per_channel(facts, b, capability)
+    joining = (per_channel - 5) * b * q * d + kept + sums
+    if facts.precision == "int8-weights":
+        return max(_widening(facts, b, q, capability), joining + 3 * facts.element * d * d)
+    whole = per_channel * b * q * d + sums
+    if b == 1 and not facts.quantized and per_channel == 26:
+        whole += kept  # where a lone half's feed-forward needs little, they are still there
+    return max(whole, joining)
+
+
+def _widening(facts: ModelFacts, b: int, s: int, capability: Capability | None) -> int:
+    """The forms of a block that widen its int8 weights: 5 of their 12 D x D are alive at the peak."""
+    config, d = facts.transformer, facts.transformer.width
+    per_channel = max(30, _bytes_per_channel(facts, b, capability))
+    return per_channel * b * s * d + 8 * b * s * config.num_attention_heads + 5 * facts.element * d * d
+
+
+def _tokens_put(facts: ModelFacts, axes: Mapping[str, int], capability: Capability | None) -> int:
+    """The map into which the rows are put, and their places."""
+    return axes["N"] * (facts.stream * facts.transformer.width + 8)
+
+
+def _cache(facts: ModelFacts, axes: Mapping[str, int], capability: Capability | None) -> int:
+    """Keys and values in float32."""
+    return 2 * FLOAT * axes["K"] * facts.transformer.width + SCRATCH // 8
+
+
+def _trunk_probe(facts: ModelFacts, axes: Mapping[str, int], capability: Capability | None) -> int:
+    """The normed tokens now and before, in float32; a stream of another type is widened first."""
+    maps = 2 if facts.stream == FLOAT else 3
+    return maps * FLOAT * axes["N"] * facts.transformer.width + SCRATCH // 8
+
+
+def _nothing(facts: ModelFacts, axes: Mapping[str, int], capability: Capability | None) -> int:
+    """From inputs to outputs with nothing in between."""
+    return 0
 
 
 def _text_block(facts: ModelFacts, axes: Mapping[str, int], capability: Capability | None) -> int:

@@ -28,7 +28,7 @@ from ..bundle.errors import DeviceError
 from ..bundle.manifest import Manifest
 from .engine_set import ClipSize, EngineSet
 from .model_facts import ModelFacts, facts_of, model_facts
-from .stages import ACTIVATIONS, Case, Stage, decode, denoise, encode, schedule, text
+from .stages import ACTIVATIONS, Case, Reuse, Stage, decode, denoise, encode, schedule, text
 from .targets import Capability
 from .vae_tiles import Tile
 
@@ -37,6 +37,7 @@ __all__ = [
     "RING",
     "MemoryPlan",
     "ModelFacts",
+    "Reuse",
     "facts_of",
     "model_facts",
     "pick_batch",
@@ -65,8 +66,8 @@ class MemoryPlan:
 
     `budget`: bytes; None: no limit. `batch`: guidance halves that go through a block together. `ring`: slots for the blocks that
     are not resident. `smallest_budget`: the least with which some plan fits. `block_bytes`, `block_flop`: what has to be copied for
-    one streamed block, and computed meanwhile. `advice`: if it does not fit, what else could be
-    changed, each a clause for a person.
+    one streamed block, and computed meanwhile. `advice`: if it does not fit, what else could be changed, each a clause for a
+    person. `reuse`: name of the policy of reuse between steps; `caches`: its bytes, in the denoising stage.
     """
 
     size: ClipSize
@@ -83,6 +84,8 @@ class MemoryPlan:
     block_bytes: int
     block_flop: int
     advice: tuple[str, ...] = field(default=())
+    reuse: str | None = None
+    caches: int = 0
 
     @property
     def largest_stage(self) -> Stage:
@@ -117,11 +120,17 @@ class MemoryPlan:
     def reason(self) -> str:
         """One paragraph: why it does not fit and what to do, or how it fits."""
         clip = f"{self.size.width}x{self.size.height} with {self.size.frames} frames in {self.precision}"
+        clip += f" with --reuse {self.reuse}" if self.reuse is not None else ""
         if self.budget is not None and not self.fits:
             also = f", or {', or '.join(self.advice)}" if self.advice else ""
+            caches = (
+                f" ({self.caches / GB:.2f} GB of it caches)"
+                if self.largest_stage.name == "denoise" and self.caches
+                else ""
+            )
             return (
                 f"{clip} does not fit into {self.budget / GB:.2f} GB of GPU memory: the {self.largest_stage.name} stage needs "
-                f"{self.peak / GB:.2f} GB. Give at least {_gigabytes(self.smallest_budget)} GB{also}."
+                f"{self.peak / GB:.2f} GB{caches}. Give at least {_gigabytes(self.smallest_budget)} GB{also}."
             )
         blocks = (
             "all blocks stay in memory" if self.ring == 0 else f"{self.resident_blocks} of {self.layers} blocks stay"
@@ -132,7 +141,8 @@ class MemoryPlan:
             if self.tile.whole
             else f"VAE tiles of {self.tile.rows}x{self.tile.columns} latents"
         )
-        return f"{clip} needs {self.peak / GB:.2f} GB ({self.largest_stage.name}): {blocks}{halves}; {tile}.{self._streaming}"
+        caches = f"; {self.caches / GB:.2f} GB of caches" if self.caches else ""
+        return f"{clip} needs {self.peak / GB:.2f} GB ({self.largest_stage.name}): {blocks}{halves}; {tile}{caches}.{self._streaming}"
 
     @property
     def hidden_up_to(self) -> float:
@@ -168,6 +178,8 @@ def plan(
     cached_prompt: bool = False,
     capability: Capability | None = None,
     unified: bool = False,
+    reuse: Reuse | None = None,
+    policies: tuple[Reuse, ...] = (),
 ) -> MemoryPlan:
     """Plans a clip.
 
@@ -179,12 +191,24 @@ def plan(
         cached_prompt: the prompt's embeddings are on disk, so the text encoder does not run.
         capability: of the oldest GPU that the engines are for; None: SM80 or later.
         unified: host and GPU share their memory, so that the program and the clip's frames count as well.
+        reuse: what denoising steps use again of earlier ones. policies: others, to be named where this one does not fit.
 
     Raises:
         UsageError: a size that the model cannot make.
     """
     case = Case(
-        facts, size, 2 if guidance else 1, steps, measured or {}, batch, tile, cached_prompt, capability, unified
+        facts=facts,
+        clip=size,
+        halves=2 if guidance else 1,
+        steps=steps,
+        measured=measured or {},
+        most=batch,
+        given_tile=tile,
+        cached_prompt=cached_prompt,
+        capability=capability,
+        unified=unified,
+        reuse=reuse,
+        policies=policies,
     )
     choice = _choose(case, budget)
     least = _least(case)
@@ -203,6 +227,8 @@ def plan(
         block_bytes=facts.block,
         block_flop=_block_flop(case),
         advice=() if budget is None or least <= budget else tuple(_advice(case, budget)),
+        reuse=None if reuse is None else reuse.name,
+        caches=case.caches,
     )
 
 
@@ -218,6 +244,8 @@ def plan_with_engines(
     unified: bool = False,
     batch: int | None = None,
     tile: tuple[int, int] | None = None,
+    reuse: Reuse | None = None,
+    policies: tuple[Reuse, ...] = (),
 ) -> MemoryPlan:
     """Plans a clip with engines that exist: their own activation bytes, and their batch and tile where none is given (which must
     not be larger)."""
@@ -233,6 +261,8 @@ def plan_with_engines(
         cached_prompt=cached_prompt,
         capability=min(engines.capabilities),
         unified=unified,
+        reuse=reuse,
+        policies=policies,
     )
 
 
@@ -347,6 +377,12 @@ def _advice(case: Case, budget: int) -> Iterator[str]:
     def fits(**changes: Any) -> bool:
         return _least(replace(case, **{"measured": {}, **changes})) <= budget
 
+    if case.reuse is not None:
+        less = [other.name for other in case.policies if fits(reuse=other)]
+        if fits(reuse=None):
+            less.insert(0, "off")
+        if less:
+            yield f"reuse less (with --reuse, these fit: {', '.join(less)})"
     if case.measured and case.halves == case.most == 2 and fits(most=1, given_tile=case.given_tile):
         yield "build with --batch 1"
     if case.given_tile is not None and fits(given_tile=None):

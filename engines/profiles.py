@@ -89,6 +89,7 @@ def axes_of(manifest: Manifest, options: BuildOptions) -> dict[str, Extent]:
         "head_reuse": {"N": box, **latents},
         **{name: {"N": tokens} for name in ("trunk_keep", "trunk_reuse", "trunk_probe")},
         **{name: {"N": tokens, "A": active} for name in ("tokens_take", "tokens_put")},
+        **{name: {"K": kept} for name in ("cache_narrow", "cache_widen")},
         "tokens_keep": {**block, "K": kept},
         "tokens_reuse": {"B": halves, "A": active, "L": text, "Q": _plus(active, text.most), "K": kept},
     }

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ..bundle.errors import UsageError
-from ..bundle.manifest import Manifest, graph_kind
+from ..bundle.manifest import BLOCK_KINDS, Manifest, graph_kind
 from ..bundle.precision import PRECISIONS, Precision
 from .report import Kernel, LayerReport, Operand
 
@@ -18,8 +18,7 @@ __all__ = ["Expectation", "QuantizedType", "broken_rules", "expectation", "heads
 
 QuantizedType = Literal["int8", "fp8"]
 
-BLOCKS = ("block", "tokens_keep", "tokens_reuse")  # a transformer block, and its forms for token reuse
-ATTENTION_GRAPHS = (*BLOCKS, "text_block")
+ATTENTION_GRAPHS = (*BLOCK_KINDS, "text_block")
 NARROWEST_HEAD = 9  # TensorRT-RTX fuses attention whose heads are wider than 8, for every capability
 CONSTANTS_LIMIT = 4_000_000  # bytes that an engine may hold where the bundle gives weights as inputs
 
@@ -94,7 +93,9 @@ def heads_of(manifest: Manifest, graph: str) -> tuple[int, int] | None:
     text, transformer = manifest.text, manifest.transformer
     if graph == "text_block":
         return (text.num_heads, text.d_kv) if text else None
-    return (transformer.num_attention_heads, transformer.attention_head_dim) if graph_kind(graph) in BLOCKS else None
+    return (
+        (transformer.num_attention_heads, transformer.attention_head_dim) if graph_kind(graph) in BLOCK_KINDS else None
+    )
 
 
 def quantized_type(manifest: Manifest) -> QuantizedType | None:

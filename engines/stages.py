@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
 from ..bundle.config import Geometry, geometry
+from ..bundle.manifest import graph_kind
 from .activations import DECODER_CHUNK, ENCODER_CHUNK, estimate_activation
 from .engine_set import ClipSize
 from .model_facts import FLOAT, ModelFacts
@@ -20,6 +21,7 @@ __all__ = [
     "PROCESS",
     "Case",
     "Item",
+    "Reuse",
     "Stage",
     "decode",
     "denoise",
@@ -62,6 +64,19 @@ class Stage:
 
 
 @dataclass(frozen=True)
+class Reuse:
+    """A policy of reuse between steps, as far as memory goes.
+
+    caches: bytes of its buffers, for a size, whether there is guidance, and the precision of what is not quantized.
+    graphs: those that run beside the exact loop's, for whether there is guidance.
+    """
+
+    name: str
+    caches: Callable[[Geometry, bool, str], int]
+    graphs: Callable[[bool], tuple[str, ...]]
+
+
+@dataclass(frozen=True)
 class Case:
     """What a plan is made for; the fields are `plan`'s arguments."""
 
@@ -75,6 +90,8 @@ class Case:
     cached_prompt: bool
     capability: Capability | None
     unified: bool
+    reuse: Reuse | None = None
+    policies: tuple[Reuse, ...] = ()
 
     @cached_property
     def size(self) -> Geometry:
@@ -88,9 +105,14 @@ class Case:
             return (clipped(self.facts, self.clip, self.given_tile),)
         return tiles_of(self.facts, self.clip)
 
+    @property
+    def caches(self) -> int:
+        """Bytes that reuse between steps keeps."""
+        return 0 if self.reuse is None else self.reuse.caches(self.size, self.halves == 2, self.facts.base)
+
     def activation(self, graph: str, **axes: int) -> int:
-        if graph in self.measured:
-            return self.measured[graph]
+        if known := [size for name, size in self.measured.items() if graph_kind(name) == graph]:
+            return max(known)  # a quantized bundle has several mixtures of a block's graphs
         return estimate_activation(graph, self.facts, axes, capability=self.capability)
 
 
@@ -198,7 +220,11 @@ def denoise(case: Case, batch: int, resident: int, ring: int) -> Stage:
     facts, config, size, halves = case.facts, case.facts.transformer, case.size, case.halves
     n, length = size.video_tokens, config.max_text_seq_length
     latent = {"F": size.latent_frames, "H": size.latent_height, "W": size.latent_width, "N": n}
+    # Engines take any number of active and of kept tokens, whatever the policy.
+    some = {"A": n, "Q": n + length, "K": n, "B": batch, "L": length, "S": n + length, **latent}
+    reused = () if case.reuse is None else case.reuse.graphs(halves == 2)
     needs = [
+        *(case.activation(graph, **some) for graph in reused),
         case.activation("conditioning", B=halves, L=length, **latent),
         case.activation("stem", **latent),
         case.activation("block", B=batch, N=n, L=length, S=n + length),
@@ -224,6 +250,7 @@ def denoise(case: Case, batch: int, resident: int, ring: int) -> Stage:
         Item("latents, noise and guidance", FLOAT * latents),
         Item("rotary tables", FLOAT * rope),
         Item("modulation table", _table(case)),
+        Item("caches of reuse", case.caches),
     )
 
 

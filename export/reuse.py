@@ -17,7 +17,9 @@ __all__ = ["REUSE_GRAPHS", "reuse_modules"]
 REUSE_GRAPHS = (
     *("head_reuse", "trunk_keep", "trunk_reuse", "trunk_probe"),
     *("tokens_keep", "tokens_reuse", "tokens_take", "tokens_put"),
+    *("cache_narrow", "cache_widen"),
 )
+_STEPS = 127  # of int8 to each side of 0
 
 
 class _Keeps(Block):
@@ -70,6 +72,49 @@ class TokensPut(nn.Module):
     def forward(self, video: Tensor, rows: Tensor, active: Tensor) -> Tensor:
         # One batch row at a time comes here; rows along the first axis are scattered with the least memory.
         return torch.index_put(video[0], (active,), rows[0])[None]
+
+
+class CacheNarrow(nn.Module):
+    """Keys and values [1, K, D] as int8, and the scale of each head [2, heads] float32: its largest magnitude over all rows
+    is 127 steps."""
+
+    def __init__(self, config: TransformerConfig):
+        super().__init__()
+        self.heads = config.num_attention_heads
+
+    def forward(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        made, scales = zip(*map(self._narrowed, (keys, values)), strict=True)
+        return *made, torch.cat(scales)
+
+    def _narrowed(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        heads = x.reshape(x.shape[0], x.shape[1], self.heads, -1).float()
+        scale = heads.abs().amax(dim=(1, 3)).clamp_min(1e-30) / _STEPS  # [1, heads]; of a head of zeros, any will do
+        # TensorRT takes scales of quantizers as constants only, so the head's own is divided by before.
+        steps = (heads / scale[:, None, :, None]).reshape(x.shape)
+        return _quantizer("QuantizeLinear", steps, torch.int8), scale
+
+
+class CacheWiden(nn.Module):
+    """What `CacheNarrow` made, as keys and values again."""
+
+    def __init__(self, config: TransformerConfig, formats: Formats):
+        super().__init__()
+        self.heads, self.formats = config.num_attention_heads, formats
+
+    def forward(self, keys_narrow: Tensor, values_narrow: Tensor, scales: Tensor) -> tuple[Tensor, ...]:
+        return tuple(self._widened(x, scales[i]) for i, x in enumerate((keys_narrow, values_narrow)))
+
+    def _widened(self, x: Tensor, scale: Tensor) -> Tensor:
+        steps = _quantizer("DequantizeLinear", x, torch.float32)
+        heads = steps.reshape(x.shape[0], x.shape[1], self.heads, -1) * scale[:, None]
+        return heads.reshape(x.shape).to(self.formats.compute)
+
+
+def _quantizer(name: str, x: Tensor, dtype: torch.dtype) -> Tensor:
+    """A quantizer of int8 with steps of 1."""
+    inputs = (x, torch.ones((), device=x.device), torch.zeros((), dtype=torch.int8, device=x.device))
+    made = torch.onnx.ops.symbolic(name, inputs, {}, dtype=dtype, shape=x.shape)
+    return made.to(x.device)  # it is made on the processor, whatever device is traced
 
 
 class TrunkKeep(nn.Module):
@@ -141,7 +186,7 @@ def reuse_modules(config: TransformerConfig, precision: str) -> dict[str, tuple[
     """Module and signature of every graph of reuse, and of the float32 ones for ONNX Runtime on a CPU."""
     formats = Formats(precision)
     c, r, f32 = formats.compute, formats.residual, torch.float32
-    d = config.width
+    d, heads = config.width, config.num_attention_heads
     sizes = sample_sizes(config)
     active_tokens = 11
     sizes |= {"A": active_tokens, "Q": sizes["L"] + active_tokens, "K": sizes["N"] - active_tokens}
@@ -189,6 +234,13 @@ def reuse_modules(config: TransformerConfig, precision: str) -> dict[str, tuple[
             Signature((("video", r, video), ("rows", r, (1, "A", d)), active), (("video_out", r, video),), sizes),
         ),
     }
+    narrow = (
+        *((f"{name}_narrow", torch.int8, (1, "K", d)) for name in ("keys", "values")),
+        ("scales", f32, (2, heads)),
+    )
+    wide = tuple((name, c, (1, "K", d)) for name in ("keys", "values"))
+    made["cache_narrow"] = CacheNarrow(config), Signature(wide, narrow, sizes)
+    made["cache_widen"] = CacheWiden(config, formats), Signature(narrow, wide, sizes)
     if precision == "fp32":
         made["tokens_keep_cpu"] = CpuTokensKeep(config, formats), keep
         made["tokens_reuse_cpu"] = CpuTokensReuse(config, formats), reuse

@@ -29,6 +29,7 @@ ELEMENT_TYPES: dict[torch.dtype, str] = {
     torch.float16: "float16",
     torch.bfloat16: "bfloat16",
     torch.int64: "int64",
+    torch.int8: "int8",
 }
 
 

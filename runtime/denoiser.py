@@ -6,7 +6,7 @@ Buffers are allocated once per request; inside the loop nothing is, and numpy on
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
@@ -25,10 +25,12 @@ from .noise import NoiseSource
 from .rope import rope_table, split_halves, with_text_prefix
 from .scheduler import Schedule
 
-__all__ = ["OFS", "BlockStore", "Denoiser", "Latents", "Loop", "MakeLoop", "Step"]
+__all__ = ["OFS", "BlockStore", "Denoiser", "Latents", "Loop", "MakeLoop", "Step", "Turn"]
 
 OFS = 2.0  # the value that the published pipeline feeds to 1.5-style models
 MODULATION_ROWS = 15
+
+Turn = Callable[[], None]  # what a block does for one guidance half: a `Call`, or several
 
 
 @dataclass(frozen=True)
@@ -271,14 +273,14 @@ class Loop:
         with _at("stem"):
             self._stem()
 
-    def _run(self, halves: list[list[Call]], check: Callable[[], None]) -> None:
+    def _run(self, halves: Sequence[Sequence[Turn]], check: Callable[[], None]) -> None:
         """A call per block of each of these guidance halves."""
         if self._pool is None or len(halves) == 1:
             self._take_turns(halves, check)
         else:
             self._side_by_side(self._pool, halves, check)
 
-    def _take_turns(self, halves: list[list[Call]], check: Callable[[], None]) -> None:
+    def _take_turns(self, halves: Sequence[Sequence[Turn]], check: Callable[[], None]) -> None:
         for i, calls in enumerate(zip(*halves, strict=True)):
             check()
             with _at(f"block {i}"):
@@ -287,10 +289,12 @@ class Loop:
                     call()
                 self._blocks.done(i)
 
-    def _side_by_side(self, pool: ThreadPoolExecutor, halves: list[list[Call]], check: Callable[[], None]) -> None:
+    def _side_by_side(
+        self, pool: ThreadPoolExecutor, halves: Sequence[Sequence[Turn]], check: Callable[[], None]
+    ) -> None:
         stop = threading.Event()
 
-        def run(calls: list[Call]) -> None:
+        def run(calls: Sequence[Turn]) -> None:
             for call in calls:
                 if stop.is_set():
                     return

@@ -119,17 +119,19 @@ Quantized = Callable[..., Path]
 
 @pytest.fixture(scope="session")
 def quantized(share: Share, exported: Export) -> Quantized:
-    """`quantized(scheme, precision="fp32")`: the 1.5-style golden model, calibrated. Do not write into it: copy it."""
+    """`quantized(scheme, precision="fp32", kept=None)`: the 1.5-style golden model, calibrated, with so many linears left in
+    high precision. Do not write into it: copy it."""
 
-    def bundle(scheme: str, precision: str = "fp32") -> Path:
+    def bundle(scheme: str, precision: str = "fp32", kept: int | None = None) -> Path:
         def make(folder: Path) -> None:
             from dynamictrl_edge.calibration.calibrate import calibrate
             from tests.calibration_samples import quick, some_samples
 
             source = exported("cogvideox15-tiny", precision)
-            calibrate(source, folder / "bundle", some_samples(), quick(scheme, smooth=True), threads=1)
+            options = quick(scheme, smooth=True, most_high_precision=kept)
+            calibrate(source, folder / "bundle", some_samples(), options, threads=1)
 
-        return share(f"quantized-{scheme}-{precision}", make) / "bundle"
+        return share(f"quantized-{scheme}-{precision}" + (f"-{kept}" if kept else ""), make) / "bundle"
 
     return bundle
 

@@ -71,7 +71,7 @@ def test_every_graph_of_every_model_builds_for_every_workstation(
         == set(buildable_graphs(manifest))
         == set(manifest.graphs) - {*("block_cpu", "tokens_keep_cpu", "tokens_reuse_cpu")}
     )
-    assert len(made["engines"]) == count + (8 if (model, precision) in WITH_REUSE else 0)
+    assert len(made["engines"]) == count + (10 if (model, precision) in WITH_REUSE else 0)
     assert {tuple(pair) for pair in made["capabilities"]} == {TARGETS[name].capability for name in targets}
     engines = read_engine_set(Path(made["folder"]))
     for name, entry in engines.engines.items():

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from dynamictrl_edge.bundle.manifest import read_manifest
+from dynamictrl_edge.bundle.manifest import BLOCK_KINDS, read_manifest
 from dynamictrl_edge.bundle.store import Bundle
 from dynamictrl_edge.calibration import calibrate as module
 from dynamictrl_edge.calibration.samples import fingerprint, pocket_samples
@@ -89,15 +89,17 @@ def test_engines_multiply_in_the_quantized_type(
     tmp_path: Path,
     capsys: Capture,
 ) -> None:
-    bundle = some_graphs(quantized(scheme, precision), tmp_path / "bundle", ("block", "modulation", "text_block"))
+    graphs = (*BLOCK_KINDS, "modulation", "conditioning", "text_block")
+    bundle = some_graphs(quantized(scheme, precision), tmp_path / "bundle", graphs)
     options = [word for name in targets for word in ("--target", name)]
     assert run(["build", str(bundle), *options, "--tile", "64x48", "--json"]) == 0, capsys.readouterr().err
     (made,) = json.loads(capsys.readouterr().out)["sets"]
     assert made["precision"] == scheme and f"-{scheme}-" in Path(made["folder"]).name
-    report = read_report(Path(made["folder"]) / made["engines"]["block"]["report"])
-    products = [kernel for kernel in report.gemms if dtype in kernel.types]
-    assert sum(max(1, len(kernel.merged)) for kernel in products) >= 4
-    assert not made["engines"]["block"]["broken"]
+    for name in BLOCK_KINDS:
+        report = read_report(Path(made["folder"]) / made["engines"][name]["report"])
+        products = [kernel for kernel in report.gemms if dtype in kernel.types]
+        assert sum(max(1, len(kernel.merged)) for kernel in products) >= 4
+        assert not made["engines"][name]["broken"]
 
 
 @needs_rtx

@@ -40,6 +40,7 @@ MODEL = model_dir("cogvideox10-tiny")
 REUSE = (
     *("head_reuse", "trunk_keep", "trunk_reuse", "trunk_probe"),
     *("tokens_keep", "tokens_reuse", "tokens_take", "tokens_put"),
+    *("cache_narrow", "cache_widen"),
 )
 DENOISER = ("modulation", "head_modulation", "conditioning", "stem", "block", "head", *REUSE)
 VAE = ("vae_encoder_first", "vae_encoder_next", "vae_decoder_first", "vae_decoder_first_even", "vae_decoder_next")
@@ -66,6 +67,8 @@ DATA = {
     "tokens_reuse": {"video", "text", "pose", "modulation", "rope_cos", "rope_sin", "keys", "values"},
     "tokens_take": {"video", "active"},
     "tokens_put": {"video", "rows", "active"},
+    "cache_narrow": {"keys", "values"},
+    "cache_widen": {"keys_narrow", "values_narrow", "scales"},
 }
 ONNX_NAME = {"F32": "float", "F16": "float16", "BF16": "bfloat16"}
 STORED = {"fp32": "F32", "fp16": "F16", "bf16": "BF16"}
@@ -639,6 +642,7 @@ def test_a_graph_has_the_versions_and_names_that_the_manifest_says(
                 "tokens_keep": {"B", "N", "L", "S", "K"},
                 "tokens_reuse": {"B", "A", "L", "Q", "K"},
                 **{key: {"N", "A"} for key in ("tokens_take", "tokens_put")},
+                **{key: {"K"} for key in ("cache_narrow", "cache_widen")},
             }
             assert symbols == expected[name]
 
@@ -736,7 +740,7 @@ def test_a_precision_is_that_of_all_weights_and_graphs(
         onnx.checker.check_model(model, full_check=True)
         kinds = {value.type.tensor_type.elem_type for value in model.graph.input}
         if precision == "bf16" or not name.startswith(
-            ("trunk_", "tokens_take", "tokens_put")
+            ("trunk_", "tokens_take", "tokens_put", "cache_widen")
         ):  # no weights, float32 streams
             assert onnx.TensorProto.DataType.Value({"fp16": "FLOAT16", "bf16": "BFLOAT16"}[precision]) in kinds
     for name in VAE:  # the checker looks for external initializers beside the graph

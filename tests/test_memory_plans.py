@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -45,9 +46,38 @@ def test_inspect_plans_the_sizes_asked_for_and_says_what_to_change(bundle: Path,
     assert "512x288" not in out
 
 
+def test_inspect_plans_reuse_between_steps(bundle15: Path, capsys: Capture) -> None:
+    options = ["inspect", str(bundle15), "--no-verify", "--memory", "500", "--size", "1024x576x37"]
+
+    def planned(*more: str) -> dict[str, Any]:
+        assert run([*options, *more, "--json"]) == 0
+        (made,) = json.loads(capsys.readouterr().out)["memory_plans"]
+        return made
+
+    off, combined = planned(), planned("--reuse", "combined,token_share=0.3")
+    assert (off["reuse"], off["caches"]) == (None, 0) and planned("--reuse", "off") == off
+    assert combined["reuse"] == "combined"
+    assert combined["stages"]["denoise"]["caches of reuse"] == combined["caches"] > 0
+    assert run([*options, "--reuse", "tokens"]) == 0
+    assert "with --reuse tokens needs" in " ".join(capsys.readouterr().out.split())
+    trunk, tokens = planned("--reuse", "trunk"), planned("--reuse", "tokens")
+    assert trunk["smallest_budget"] < tokens["smallest_budget"]
+    least = f"{trunk['smallest_budget'] / 1e9:.9f}"
+    assert run([*options[:4], least, *options[5:], "--reuse", "tokens"]) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert "does not fit" in text and "with --reuse, these fit: off, guidance, trunk" in text
+
+
+def test_a_bundle_without_the_graphs_has_no_plan_for_reuse(bundle: Path, capsys: Capture) -> None:
+    assert run(["inspect", str(bundle), "--memory", "8", "--reuse", "trunk"]) == 4
+    assert "lacks the graphs of --reuse trunk" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
+        (["--reuse", "trunk"], "--memory GB"),
+        (["--memory", "8", "--reuse", "fast"], "--reuse 'fast'"),
         (["--memory", "0"], "--memory 0"),
         (["--memory", "8", "--size", "1x2"], "WIDTHxHEIGHTxFRAMES"),
         (["--memory", "8", "--size", "100x96x9"], "--width 100"),

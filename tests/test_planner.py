@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,16 +13,18 @@ import pytest
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
-from benchmarks.plan_tables import RECEIPT, TEXT, TRANSFORMER, VAE, estimates, full_size_facts
-from dynamictrl_edge.bundle.config import TextConfig, TransformerConfig, VaeConfig
+from benchmarks.plan_tables import TEXT, TRANSFORMER, VAE, estimates, full_size_facts, receipts
+from dynamictrl_edge.bundle.config import TextConfig, TransformerConfig, VaeConfig, geometry
 from dynamictrl_edge.bundle.errors import DeviceError, UsageError
 from dynamictrl_edge.bundle.manifest import Port, Quantization, read_manifest
+from dynamictrl_edge.cli.memory_plans import memory_of
 from dynamictrl_edge.engines.activations import estimate_activation
 from dynamictrl_edge.engines.engine_set import BuildOptions, ClipSize, EngineEntry, EngineSet
 from dynamictrl_edge.engines.model_facts import PRECISIONS
 from dynamictrl_edge.engines.planner import (
     PRESETS,
     MemoryPlan,
+    Reuse,
     facts_of,
     model_facts,
     pick_batch,
@@ -32,6 +34,8 @@ from dynamictrl_edge.engines.planner import (
 )
 from dynamictrl_edge.engines.profiles import axes_of
 from dynamictrl_edge.engines.vae_tiles import tiles_of
+from dynamictrl_edge.runtime.reuse.caches import cache_bytes
+from dynamictrl_edge.runtime.reuse.policy import POLICIES, parse_policy
 from dynamictrl_edge.runtime.tiling import Tiling
 from tests.bundle_samples import small_manifest
 from tests.conftest import Export
@@ -40,6 +44,7 @@ from tests.engine_samples import needs_rtx
 ROOT = Path(__file__).resolve().parents[1]
 GB = 10**9
 HD = ClipSize(height=768, width=1360, frames=37)
+NOTHING_BETWEEN = ("trunk_keep", "trunk_reuse", "tokens_take")  # inputs and outputs
 
 
 def configured(config: Any, **changes: Any) -> Any:
@@ -432,7 +437,7 @@ def test_refusals_give_a_way_out_that_is_real(
 
 def test_estimates_of_large_engines_are_within_5_percent_of_the_reports_on_file() -> None:
     """What decides whether a clip fits: blocks and VAE engines of the full-size model with more than 250 MB of activations."""
-    receipt = json.loads(RECEIPT.read_text())
+    receipt = receipts()
     found = estimates(receipt, {"full": (TRANSFORMER, VAE, TEXT)})
     deciding = [
         one
@@ -448,7 +453,7 @@ def test_estimates_of_large_engines_are_within_5_percent_of_the_reports_on_file(
 
 def test_estimates_of_other_engines_are_off_by_little() -> None:
     """Never 40 MB and 5 % too low; 110 MB and 15 % too high only in fp32, where the scores are counted in any case."""
-    receipt = json.loads(RECEIPT.read_text())
+    receipt = receipts()
     found = estimates(receipt, {"full": (TRANSFORMER, VAE, TEXT), "bench-27m": (SMALL, BENCH_VAE, SMALL_TEXT)})
     assert len(found) == len(receipt["figures"]["builds"])
     for one in found:
@@ -481,7 +486,7 @@ def test_estimates_equal_the_report_of_engines_built_now(tmp_path: Path) -> None
         assert estimate == pytest.approx(report.activation_bytes, rel=0.05), case
 
 
-def test_every_graph_but_those_of_reuse_can_be_estimated(exported: Export) -> None:
+def test_every_graph_can_be_estimated(exported: Export) -> None:
     from dynamictrl_edge.export.reuse import REUSE_GRAPHS
 
     manifest = read_manifest(exported("cogvideox15-tiny"))
@@ -493,16 +498,74 @@ def test_every_graph_but_those_of_reuse_can_be_estimated(exported: Export) -> No
     for precision in PRECISIONS:
         facts = facts_of(manifest, precision)
         for graph, axes in lengths.items():
-            if (
-                graph in REUSE_GRAPHS
-            ):  # no plan for a GPU counts them yet (docs/reuse.md), so nothing may be made up for them
-                with pytest.raises(ValueError, match=graph):
-                    estimate_activation(graph, facts, axes)
-            else:
-                assert estimate_activation(graph, facts, axes) > 0
+            assert (estimate_activation(graph, facts, axes) > 0) == (graph not in NOTHING_BETWEEN)
     assert set(REUSE_GRAPHS) <= set(lengths)
     with pytest.raises(ValueError, match="no graph 'blocks'"):
         estimate_activation("blocks", facts, {})
+
+
+# Reuse between steps
+
+
+def reuse_of(text: str) -> Reuse:
+    policy = parse_policy(text)
+    assert policy is not None
+    return memory_of(policy, TRANSFORMER)
+
+
+POLICIES_OF_REUSE = tuple(memory_of(policy, TRANSFORMER) for policy in POLICIES.values())
+
+
+def denoising(made: MemoryPlan) -> dict[str, int]:
+    (stage,) = (stage for stage in made.stages if stage.name == "denoise")
+    return {item.name: item.bytes for item in stage.items}
+
+
+@pytest.mark.parametrize("precision", ["bf16", "int8"])
+@pytest.mark.parametrize(
+    "text", ["guidance", "trunk-linear", "adaptive", "tokens", "combined", "combined,token_cache=int8"]
+)
+@pytest.mark.parametrize("guidance", [True, False])
+def test_a_plan_has_the_caches_and_activations_of_reuse(precision: str, text: str, guidance: bool) -> None:
+    facts, policy = full_size_facts(precision), parse_policy(text)
+    without, made = (denoising(plan(facts, HD, guidance=guidance, reuse=reuse)) for reuse in (None, reuse_of(text)))
+    size = geometry(TRANSFORMER, VAE, HD.height, HD.width, HD.frames)
+    caches = cache_bytes(policy, TRANSFORMER, size, guided=guidance, precision="bf16")
+    assert made.pop("caches of reuse", 0) == caches
+    n, length = size.video_tokens, TRANSFORMER.max_text_seq_length
+    tokens = {"B": 2 if guidance else 1, "A": n, "L": length, "Q": n + length, "K": n}
+    most = max(
+        without["activations"], estimate_activation("tokens_reuse", facts, tokens) if policy.reuses_tokens else 0
+    )
+    assert made.pop("activations") == most
+    assert made == {name: size for name, size in without.items() if name != "activations"}
+
+
+def test_engines_of_reuse_count_with_what_their_reports_say() -> None:
+    measured = {"block": 2 * GB, "tokens_reuse": 3 * GB, "tokens_reuse_keeps_out": 4 * GB}
+    facts = full_size_facts("int8")
+    with_tokens, with_trunk = (
+        denoising(plan(facts, HD, measured=measured, reuse=reuse_of(name))) for name in ("tokens", "trunk")
+    )
+    assert with_tokens["activations"] == 4 * GB
+    assert with_trunk["activations"] == 2 * GB
+
+
+def test_reuse_that_does_not_fit_is_refused_with_its_bytes_and_what_does() -> None:
+    facts, reuse = full_size_facts("int8"), reuse_of("tokens,token_share=0.3")
+    budget = plan(facts, HD, reuse=reuse_of("combined")).smallest_budget
+    made = plan(facts, HD, budget=budget, reuse=reuse, policies=POLICIES_OF_REUSE)
+    assert not made.fits
+    with pytest.raises(DeviceError) as refusal:
+        made.check()
+    text = str(refusal.value)
+    assert "with --reuse tokens" in text and f"({made.caches / GB:.2f} GB of it caches)" in text
+    named = text.partition("with --reuse, these fit: ")[2].partition(")")[0].split(", ")
+    assert named == ["off", "guidance", "trunk", "trunk-linear", "table", "adaptive", "combined"]
+    for other in POLICIES_OF_REUSE:
+        assert plan(facts, HD, budget=budget, reuse=other).fits == (other.name in named)
+    (stated,) = re.findall(r"at least ([\d.]+) GB", text)
+    assert plan(facts, HD, budget=round(float(stated) * GB), reuse=reuse).fits
 
 
 # The page

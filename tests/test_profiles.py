@@ -46,6 +46,8 @@ ALL = [
     "tokens_reuse",
     "tokens_take",
     "tokens_put",
+    "cache_narrow",
+    "cache_widen",
     "vae_encoder_first",
     "vae_encoder_next",
     "vae_decoder_first",

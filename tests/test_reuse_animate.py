@@ -49,14 +49,32 @@ def test_a_clip_says_what_its_steps_reused(animator: Animator) -> None:
     assert not any("reused nothing" in notice for notice in same.notices)
 
 
-def test_a_quantized_bundle_reuses_guidance_and_trunk_but_not_tokens(quantized: Quantized) -> None:
+def test_a_quantized_bundle_reuses_all_that_others_do(quantized: Quantized) -> None:
     animator = Animator.from_bundle(quantized("int8"), cache=False)
     full = made(animator)
     assert np.array_equal(made(animator, reuse="guidance,guidance_period=1").latents, full.latents)
     clip = made(animator, reuse="trunk,warmup=1,final=1")
     assert clip.reuse.flop_fraction < 0.9 and 0 < np.abs(clip.latents - full.latents).max() < 10
-    with pytest.raises(BundleError, match="is quantized"):
-        made(animator, reuse="tokens")
+    combined = made(animator, reuse="combined,warmup=1,final=1")
+    assert combined.reuse.plan.kinds == ("full", "trunk", "tokens+guidance", "trunk+guidance", "full", "full")
+    assert 0 < np.abs(combined.latents - full.latents).max() < 10
+
+
+def test_a_bundle_that_was_quantized_before_token_reuse_is_refused_with_the_way_out(
+    quantized: Quantized, tmp_path: Path
+) -> None:
+    old = tmp_path / "old"
+    shutil.copytree(quantized("int8"), old)
+
+    def forget(manifest: dict[str, Any]) -> None:
+        for name in ("tokens_keep", "tokens_reuse"):  # as they were copied from the source, unquantized
+            del manifest["quantization"]["linears"][name]
+
+    edit(old, forget)
+    animator = Animator.from_bundle(old, cache=False)
+    with pytest.raises(BundleError, match=r"Calibrate its source again: dynamictrl calibrate.*off, guidance, trunk"):
+        animator.start(**arguments(CASE, reuse="tokens"))
+    animator.start(**arguments(CASE, reuse="trunk"))
 
 
 def test_a_pose_clip_without_a_skeleton_is_told(animator: Animator) -> None:

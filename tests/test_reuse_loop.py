@@ -11,14 +11,17 @@ import numpy as np
 import pytest
 
 from dynamictrl_edge.bundle.config import Geometry
+from dynamictrl_edge.bundle.manifest import graph_form
 from dynamictrl_edge.bundle.store import Bundle
+from dynamictrl_edge.calibration.decide import snr
 from dynamictrl_edge.runtime.backends.onnxruntime import OnnxRuntimeBackend
 from dynamictrl_edge.runtime.denoiser import Denoiser, Latents
 from dynamictrl_edge.runtime.noise import NoiseSource
+from dynamictrl_edge.runtime.reuse.caches import Widths, cache_layout
 from dynamictrl_edge.runtime.reuse.loop import Reuse
 from dynamictrl_edge.runtime.reuse.policy import ReusePolicy, parse_policy
 from dynamictrl_edge.runtime.scheduler import Schedule, SchedulerConfig, advance, make_schedule
-from tests.conftest import Export
+from tests.conftest import Export, Quantized
 from tests.golden import max_abs
 
 MODELS = ("cogvideox10-tiny", "cogvideox15-tiny", "learned")
@@ -55,6 +58,9 @@ class Model:
         latents = self.latents
         return latents if guided else Latents(latents.prompt_embeds[1:], latents.image, latents.pose)
 
+    def graph_of(self, kind: str, block: int) -> Any:
+        return self.backend.graph(graph_form(kind, self.bundle.manifest.block_graphs[block]))
+
     def run(self, policy: ReusePolicy | None, steps: int, *, guided: bool = True) -> tuple[list[np.ndarray], list[str]]:
         """Latents after every step, and the kinds of the steps."""
         schedule = self.schedule(steps)
@@ -79,6 +85,12 @@ class Model:
 def model(exported: Export) -> Any:
     """`model(name)`"""
     return cache(lambda name: Model(exported(name)))
+
+
+@pytest.fixture(scope="session")
+def quantized_model(quantized: Quantized) -> Any:
+    """`quantized_model(scheme, kept)`: so many linears stay in high precision."""
+    return cache(lambda scheme, kept=None: Model(quantized(scheme, kept=kept)))
 
 
 def policy_of(text: str) -> ReusePolicy:
@@ -154,11 +166,13 @@ def reference(model: Model, policy: ReusePolicy, steps: int, guided: bool) -> li
                 **model.bundle.tensors(f"block_{i:02d}"),
             }
             if tokens is None and len(active):
-                outputs = graph("tokens_keep")({**feeds, "rows": others + length})
+                outputs = model.graph_of("tokens_keep", i)({**feeds, "rows": others + length})
             elif tokens is None:
-                outputs = graph("block")(feeds)
+                outputs = model.graph_of("block", i)(feeds)
             else:
-                outputs = graph("tokens_reuse")({**feeds, **{n: caches[h][i][n] for n in ("keys", "values")}})
+                outputs = model.graph_of("tokens_reuse", i)(
+                    {**feeds, **{n: caches[h][i][n] for n in ("keys", "values")}}
+                )
             given.append(outputs)
             video, text, pose = outputs["video_out"], outputs["text_out"], outputs["pose_out"]
         return video, given
@@ -230,6 +244,83 @@ def test_reused_steps_are_those_of_a_plain_reference(text: str, guided: bool, mo
     assert set(kinds) != {"full"} or (not guided and not policy.reuses_trunk and not policy.reuses_tokens)
     for one, wanted in zip(got, reference(tiny, policy, 10, guided), strict=True):
         assert max_abs(one, wanted) < 1e-4
+
+
+@pytest.mark.parametrize(
+    "text", [f"tokens,{SHORT},token_share=0.3", f"combined,{SHORT}", f"tokens,{SHORT},token_share=1"]
+)
+@pytest.mark.parametrize("guided", [True, False])
+def test_caches_in_int8_cost_little(text: str, guided: bool, model: Any) -> None:
+    tiny = model("cogvideox15-tiny")
+    wide, kinds = tiny.run(policy_of(text), 10, guided=guided)
+    narrow, same = tiny.run(policy_of(f"{text},token_cache=int8"), 10, guided=guided)
+    assert kinds == same
+    first = next(i for i, kind in enumerate(kinds) if kind.startswith("tokens"))
+    assert all(np.array_equal(a, b) for a, b in zip(narrow[:first], wide[:first], strict=True))
+    found = min(snr(a, b) for a, b in zip(wide[first:], narrow[first:], strict=True))
+    assert found > 45
+    assert np.array_equal(narrow[-1], wide[-1]) == ("token_share=1" in text)  # then nothing is kept
+
+
+def test_caches_in_int8_are_one_byte_a_number_and_a_scale_a_head(model: Any) -> None:
+    tiny = model("cogvideox15-tiny")
+    narrow, wide = (
+        cache_layout(policy_of(f"tokens,token_cache={kind}"), tiny.config, tiny.size, guided=True)
+        for kind in ("int8", "compute")
+    )
+    assert {name: narrow[name].shape for name in wide} == {name: buffer.shape for name, buffer in wide.items()}
+    width, layers, heads = Widths.of("bf16"), tiny.config.num_layers, tiny.config.num_attention_heads
+    for name in ("keys", "values"):
+        assert 2 * narrow[name].bytes(width) == wide[name].bytes(width)
+        assert layers * narrow[f"wide_{name}"].bytes(width) == wide[name].bytes(width)
+    assert narrow["scales"].shape == (2, layers, 2, heads)
+
+
+@pytest.mark.parametrize("rows", [1, 7])
+def test_every_head_has_its_own_scale(rows: int, model: Any) -> None:
+    tiny, random = model("cogvideox15-tiny"), np.random.default_rng(2)
+    heads, d = tiny.config.num_attention_heads, tiny.config.width
+    sizes = 10.0 ** np.arange(heads).repeat(d // heads)  # heads of very different sizes
+    given = {name: (random.standard_normal((1, rows, d)) * sizes).astype(np.float32) for name in ("keys", "values")}
+    given["values"][..., : d // heads] = 0
+    kept = tiny.backend.graph("cache_narrow")(given)
+    found = tiny.backend.graph("cache_widen")(kept)
+    for i, (name, exact) in enumerate(given.items()):
+        assert kept[f"{name}_narrow"].dtype == np.int8
+        largest = np.abs(exact).reshape(rows, heads, -1).max(axis=(0, 2))
+        np.testing.assert_allclose(kept["scales"][i], np.maximum(largest, 1e-30) / 127, rtol=1e-6)
+        steps = (largest / 127).repeat(d // heads)
+        assert (np.abs(found[name] - exact) <= 0.5001 * steps).all()
+
+
+# --- quantized bundles
+
+SCHEMES = [("int8", None), ("int8", 3), ("int8-weights", None), ("fp8", None)]
+
+
+@pytest.mark.parametrize(("scheme", "kept"), SCHEMES)
+def test_token_reuse_with_all_tokens_active_equals_the_quantized_full_loop(
+    scheme: str, kept: int | None, quantized_model: Any
+) -> None:
+    tiny = quantized_model(scheme, kept)
+    mixtures = set(tiny.bundle.manifest.block_graphs)
+    assert (mixtures == {"block"}) == (kept is None)
+    full, _ = tiny.run(None, 8)
+    got, kinds = tiny.run(policy_of("tokens,warmup=1,final=0,token_share=1"), 8)
+    assert kinds == ["full", "tokens", "tokens", "tokens"] * 2
+    assert max(max_abs(a, b) for a, b in zip(got, full, strict=True)) < 1e-4
+
+
+@pytest.mark.parametrize(("scheme", "kept"), SCHEMES)
+def test_reused_steps_of_a_quantized_bundle_are_those_of_a_plain_reference(
+    scheme: str, kept: int | None, quantized_model: Any
+) -> None:
+    tiny, policy = quantized_model(scheme, kept), policy_of(f"combined,{SHORT},trunk_order=1")
+    got, kinds = tiny.run(policy, 10)
+    assert set(kinds) == {"full", "trunk", "tokens+guidance", "trunk+guidance"}
+    for one, wanted in zip(got, reference(tiny, policy, 10, True), strict=True):
+        # What lies between two integers may fall on either side, and all steps after that differ; without, 120 dB are left.
+        assert snr(wanted, one) > 30
 
 
 def test_halves_in_turn_are_the_halves_side_by_side(model: Any) -> None:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from dynamictrl_edge.bundle.config import geometry
 from dynamictrl_edge.bundle.errors import BundleError, DeviceError
-from dynamictrl_edge.bundle.manifest import Quantization
+from dynamictrl_edge.bundle.manifest import BLOCK_KINDS, Quantization
 from dynamictrl_edge.runtime.memory import MemoryPlan, plan_memory
 from dynamictrl_edge.runtime.reuse.caches import Widths, allocate, cache_bytes, cache_layout
 from dynamictrl_edge.runtime.reuse.fit import check_graphs, needed_graphs, plan_with_caches
@@ -88,15 +88,17 @@ def test_without_a_skeleton_the_active_tokens_lie_spread() -> None:
 SIZES = {"1360x768x37": (768, 1360, 37), "1024x576x37": (576, 1024, 37)}
 
 
-@pytest.mark.parametrize("name", POLICIES)
+@pytest.mark.parametrize("name", [*POLICIES, "tokens,token_cache=int8", "combined,token_cache=int8"])
 @pytest.mark.parametrize("guided", [True, False])
 @pytest.mark.parametrize(("precision", "compute"), [("fp32", np.float32), ("fp16", np.float16)])
 def test_bytes_are_those_of_what_is_allocated(name: str, guided: bool, precision: str, compute: type) -> None:
     size = geometry(TRANSFORMER, VAE, 64, 96, 9)
-    layout = cache_layout(POLICIES[name], TRANSFORMER, size, guided=guided)
+    policy = parse_policy(name)
+    assert policy is not None
+    layout = cache_layout(policy, TRANSFORMER, size, guided=guided)
     made = allocate(layout, np.dtype(np.float32), np.dtype(compute))
     assert set(made) == set(layout)
-    counted = cache_bytes(POLICIES[name], TRANSFORMER, size, guided=guided, precision=precision)
+    counted = cache_bytes(policy, TRANSFORMER, size, guided=guided, precision=precision)
     assert sum(array.nbytes for array in made.values()) == counted
 
 
@@ -163,17 +165,27 @@ def test_a_bundle_without_the_graphs_is_refused_with_what_it_lacks() -> None:
         check_graphs(manifest, "b", POLICIES["guidance"], guided=True)
 
 
-def test_token_reuse_of_a_quantized_bundle_is_refused_with_what_works() -> None:
+def test_token_steps_must_take_the_weights_of_quantized_blocks() -> None:
     import msgspec
 
     manifest = small_manifest({})
     graphs = dict.fromkeys(needed_graphs(POLICIES["combined"], guided=True), manifest.graphs["block"])
     manifest = msgspec.structs.replace(manifest, graphs=graphs)
     check_graphs(manifest, "b", POLICIES["combined"], guided=True)
-    quantization = Quantization(
-        scheme="int8", blocks=("block",) * manifest.transformer.num_layers, linears={"block": ("qkv",)}
-    )
-    manifest = msgspec.structs.replace(manifest, quantization=quantization)
-    with pytest.raises(BundleError, match=r"is quantized.*Use one of off, guidance, trunk"):
-        check_graphs(manifest, "b", POLICIES["combined"], guided=True)
-    check_graphs(manifest, "b", POLICIES["trunk"], guided=True)
+    blocks = ("block", "block_keeps_out", "block_keeps_out")
+    all_of = {"": ("qkv", "out"), "_keeps_out": ("qkv",)}
+    linears = {kind + mixture: names for kind in BLOCK_KINDS for mixture, names in all_of.items()}
+
+    def check(policy: str, **changes: tuple[str, ...] | None) -> None:
+        given = {name: names for name, names in {**linears, **changes}.items() if names is not None}
+        quantization = Quantization(scheme="int8", blocks=blocks, linears=given)
+        named = {**graphs, **dict.fromkeys(given, graphs["tokens_keep"])}
+        quantized = msgspec.structs.replace(manifest, graphs=named, quantization=quantization)
+        check_graphs(quantized, "b", POLICIES[policy], guided=True)
+
+    check("combined")
+    for kind in ("tokens_keep", "tokens_reuse"):
+        for mixture, others in (("", None), ("", ("qkv",)), ("_keeps_out", None), ("_keeps_out", ("qkv", "out"))):
+            with pytest.raises(BundleError, match=r"was quantized by a version.*off, guidance, trunk"):
+                check("combined", **{kind + mixture: others})
+            check("trunk", **{kind + mixture: others})

@@ -15,7 +15,7 @@ from .tokens import active_count
 
 __all__ = ["Buffer", "Widths", "allocate", "cache_bytes", "cache_layout"]
 
-Kind = Literal["stream", "compute", "float", "index"]
+Kind = Literal["stream", "compute", "float", "index", "int8"]
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Buffer:
     kind: Kind
 
     def bytes(self, widths: Widths) -> int:
-        width = {"stream": widths.stream, "compute": widths.compute, "float": 4, "index": 8}[self.kind]
+        width = {"stream": widths.stream, "compute": widths.compute, "float": 4, "index": 8, "int8": 1}[self.kind]
         return width * math.prod(self.shape)
 
 
@@ -64,8 +64,13 @@ def cache_layout(policy: ReusePolicy, config: TransformerConfig, size: Geometry,
         active = active_count(policy, n)
         # Without its half, the unconditional prediction needs no keys.
         caching = 1 if policy.reuses_guidance else halves
+        narrow = policy.token_cache == "int8"
         for name in ("keys", "values"):
-            buffers[name] = Buffer((caching, layers, 1, n - active, d), "compute")
+            buffers[name] = Buffer((caching, layers, 1, n - active, d), "int8" if narrow else "compute")
+            if narrow:  # one block's at a time, as its graph gives and takes them
+                buffers[f"wide_{name}"] = Buffer((caching, 1, n - active, d), "compute")
+        if narrow:
+            buffers["scales"] = Buffer((caching, layers, 2, config.num_attention_heads), "float")
         rows = active + config.max_text_seq_length
         buffers["active_pose"] = Buffer((1, active, d), "stream")
         buffers["active_stem"] = Buffer((1, active, d), "stream")
@@ -86,5 +91,6 @@ def cache_bytes(policy: ReusePolicy, config: TransformerConfig, size: Geometry, 
 
 def allocate(layout: Mapping[str, Buffer], stream: np.dtype, compute: np.dtype) -> dict[str, np.ndarray]:
     """The buffers as arrays, zeroed (nothing that was never written is ever used, but probes read the first one)."""
-    kinds = {"stream": stream, "compute": compute, "float": np.dtype(np.float32), "index": np.dtype(np.int64)}
+    known = {"float": np.float32, "index": np.int64, "int8": np.int8}
+    kinds = {"stream": stream, "compute": compute, **{kind: np.dtype(known[kind]) for kind in known}}
     return {name: np.zeros(buffer.shape, kinds[buffer.kind]) for name, buffer in layout.items()}

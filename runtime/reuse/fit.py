@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from ...bundle.config import Geometry
 from ...bundle.errors import BundleError, DeviceError
-from ...bundle.manifest import Manifest
+from ...bundle.manifest import Manifest, graph_form
 from ..memory import MemoryPlan, block_activations
 from .caches import cache_bytes
 from .policy import OFF, POLICIES, ReusePolicy
@@ -25,6 +25,8 @@ def needed_graphs(policy: ReusePolicy, *, guided: bool) -> tuple[str, ...]:
         names.append("trunk_probe")
     if policy.reuses_tokens:
         names += ["tokens_keep", "tokens_reuse", "tokens_take", "tokens_put"]
+        if policy.token_cache == "int8":
+            names += ["cache_narrow", "cache_widen"]
     return tuple(names)
 
 
@@ -36,13 +38,24 @@ def check_graphs(manifest: Manifest, root: str, policy: ReusePolicy, *, guided: 
             f"The bundle {root!r} lacks the graphs of --reuse {policy.name} ({', '.join(lacking)}): it was exported without "
             f"them, or before they existed. Export the checkpoint again, without --no-reuse, or use --reuse {OFF}."
         )
-    if policy.reuses_tokens and manifest.quantization is not None:
-        # The graphs of token steps take a block's weights as they are before quantization.
+    if policy.reuses_tokens and not _share_weights(manifest):
         others = [name for name, other in POLICIES.items() if not other.reuses_tokens]
         raise BundleError(
-            f"The bundle {root!r} is quantized, and --reuse {policy.name} works on bundles that are not. "
-            f"Use one of {', '.join((OFF, *others))}, or the bundle that was quantized."
+            f"The bundle {root!r} was quantized by a version that did not quantize the graphs of --reuse {policy.name}. "
+            f"Calibrate its source again: dynamictrl calibrate BUNDLE OUT --data FOLDER; or use one of "
+            f"{', '.join((OFF, *others))}."
         )
+
+
+def _share_weights(manifest: Manifest) -> bool:
+    """Whether token steps take every block's weights in the form in which full steps take them."""
+    if (found := manifest.quantization) is None:
+        return True
+    return all(
+        (form := graph_form(kind, name)) in manifest.graphs and found.linears.get(form) == found.linears.get(name)
+        for kind in ("tokens_keep", "tokens_reuse")
+        for name in found.blocks
+    )
 
 
 def plan_with_caches(
@@ -61,7 +74,8 @@ def plan_with_caches(
 
     def whole(other: ReusePolicy) -> int:
         activations = block_activations(manifest.transformer, size, "block_cpu" in manifest.graphs)
-        return need(other) + _more_sessions(other, guided=guided) * activations
+        mixtures = len(set(manifest.block_graphs))
+        return need(other) + _more_sessions(other, guided=guided) * mixtures * activations
 
     try:
         return plan(whole(policy))
@@ -81,7 +95,10 @@ def plan_with_caches(
 
 
 def _more_sessions(policy: ReusePolicy, *, guided: bool) -> int:
-    """At most so many sessions of a block's graphs run beside those of a loop without reuse; each keeps its activations."""
+    """At most so many sessions of a block's graphs run beside those of a loop without reuse, for every mixture of quantized
+    linears; each keeps its activations."""
     alone = policy.reuses_guidance and guided
     lanes = 2 if guided and not alone else 1
-    return int(alone) + (2 * lanes if policy.reuses_tokens else 0)
+    # The graphs that narrow and widen caches need less than one of a block's.
+    kinds = 3 if policy.token_cache == "int8" else 2
+    return int(alone) + (kinds * lanes if policy.reuses_tokens else 0)

@@ -12,8 +12,9 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from ...bundle.config import Geometry, TransformerConfig
+from ...bundle.manifest import graph_form
 from ..backends.base import Call
-from ..denoiser import Denoiser, Latents, Loop
+from ..denoiser import Denoiser, Latents, Loop, Turn
 from ..scheduler import Schedule
 from .caches import allocate, cache_bytes, cache_layout
 from .guidance import KeptDifference
@@ -103,7 +104,7 @@ class ReuseLoop(Loop):
         self._buffers = allocate(layout, self._pose.dtype, self._shared["proj_weight"].dtype)
         self._weights = np.zeros((self._halves_count, 2), np.float32)
         self._change = np.zeros(1, np.float32)
-        self._rows: dict[tuple[str, str], list[list[Call]]] = {}
+        self._rows: dict[tuple[str, str], list[list[Turn]]] = {}
         self._calls: dict[tuple[object, ...], Call] = {}
         self._difference = KeptDifference(policy.guidance_decay)
         self._trunks = [TrunkState(of_half) for of_half in self._buffers.get("residuals", ())]
@@ -286,7 +287,7 @@ class ReuseLoop(Loop):
         """The place of half `h` among those that keep keys and values."""
         return h - (self._halves_count - len(self._buffers["keys"]))
 
-    def _block_rows(self, graph: str, both: bool) -> list[list[Call]]:
+    def _block_rows(self, graph: str, both: bool) -> list[list[Turn]]:
         """Calls of `graph` for every block, of both halves or of the conditional one.
 
         Keys are kept for the conditional half alone where token steps run without the other; that one runs `block` then.
@@ -298,16 +299,34 @@ class ReuseLoop(Loop):
             self._rows[key] = [self._row_of(graph, h, h % lanes, lanes) for h in halves]
         return self._rows[key]
 
-    def _row_of(self, graph: str, h: int, lane: int, lanes: int) -> list[Call]:
+    def _row_of(self, graph: str, h: int, lane: int, lanes: int) -> list[Turn]:
         if graph == "tokens_keep" and self._caching(h) < 0:
             graph = "block"
-        names = self._denoiser.block_graphs if graph == "block" else (graph,) * len(self._blocks)
-        graphs = [self._backend.graph(name, lane, lanes) for name in names]
         arrays = self._active_arrays if graph == "tokens_reuse" else self._all_arrays
-        return [
-            prepared.prepare({**arrays(h, i), **self._cache_arrays(graph, h, i), **self._blocks[i]})
-            for i, prepared in enumerate(graphs)
-        ]
+        row: list[Turn] = []
+        for i, name in enumerate(self._denoiser.block_graphs):
+            block = self._backend.graph(graph_form(graph, name), lane, lanes)
+            call = block.prepare({**arrays(h, i), **self._cache_arrays(graph, h, i), **self._blocks[i]})
+            row.append(self._with_narrow_caches(graph, call, h, i, lane, lanes))
+        return row
+
+    def _with_narrow_caches(self, graph: str, call: Call, h: int, i: int, lane: int, lanes: int) -> Turn:
+        """The block's call, and before or after it what brings its keys and values from int8 or to it."""
+        if graph == "block" or "scales" not in self._buffers:
+            return call
+        place, keep = self._caching(h), graph == "tokens_keep"
+        narrow = {"keys_narrow": "keys", "values_narrow": "values", "scales": "scales"}
+        other = self._backend.graph("cache_narrow" if keep else "cache_widen", lane, lanes).prepare(
+            {**{port: self._buffers[name][place, i] for port, name in narrow.items()}, **self._block_caches(h, i)}
+        )
+        return _in_turn(call, other) if keep else _in_turn(other, call)
+
+    def _block_caches(self, h: int, i: int) -> dict[str, np.ndarray]:
+        """Keys and values that the graph of block `i` gives or takes, [1, K, D]."""
+        place, buffers = self._caching(h), self._buffers
+        if "scales" in buffers:
+            return {name: buffers[f"wide_{name}"][place] for name in ("keys", "values")}
+        return {name: buffers[name][place, i] for name in ("keys", "values")}
 
     def _all_arrays(self, h: int, i: int) -> dict[str, np.ndarray]:
         half, poses = self._half(h), self._poses[h]
@@ -345,6 +364,15 @@ class ReuseLoop(Loop):
     def _cache_arrays(self, graph: str, h: int, i: int) -> dict[str, np.ndarray]:
         if graph == "block":
             return {}
-        place = self._caching(h)
-        arrays = {name: self._buffers[name][place, i] for name in ("keys", "values")}
+        arrays = self._block_caches(h, i)
         return {**arrays, "rows": self._buffers["kept"]} if graph == "tokens_keep" else arrays
+
+
+def _in_turn(*calls: Turn) -> Turn:
+    """These calls as one."""
+
+    def run() -> None:
+        for call in calls:
+            call()
+
+    return run

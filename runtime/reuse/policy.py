@@ -10,11 +10,12 @@ from typing import Any
 
 from ...bundle.errors import UsageError
 
-__all__ = ["CHANGES", "CHOICES", "OFF", "POLICIES", "ReusePolicy", "parse_policy"]
+__all__ = ["CACHES", "CHANGES", "CHOICES", "OFF", "POLICIES", "ReusePolicy", "parse_policy"]
 
 OFF = "off"
 CHOICES = ("pose", "even", "random")
 CHANGES = ("table", "stem")
+CACHES = ("compute", "int8")
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,8 @@ class ReusePolicy:
     token_share: the share of the video tokens that is active.
     token_choice: "pose": those nearest to the drawn skeleton; "even": spread evenly; "random": by lot. The last two are
         for comparison.
+    token_cache: how keys and values are kept: "compute": in the format of the matrix products; "int8": rounded, with a scale
+        per head and block.
 
     Raises:
         UsageError: a value that is not possible, or two that contradict each other; the text names the accepted ones.
@@ -55,6 +58,7 @@ class ReusePolicy:
     token_period: int = 1
     token_share: float = 0.5
     token_choice: str = "pose"
+    token_cache: str = "compute"
 
     def __post_init__(self) -> None:
         for name in ("warmup", "final"):
@@ -67,6 +71,7 @@ class ReusePolicy:
         self._number("token_share", 0.0, 1.0)
         self._one_of("trunk_change", CHANGES)
         self._one_of("token_choice", CHOICES)
+        self._one_of("token_cache", CACHES)
         if self.token_share == 0:
             raise self._refusal("token_share", "a number above 0, up to 1")
         self._check_together()
