@@ -451,7 +451,7 @@ class GpuGraph:
 
     def close(self) -> None:
         """Frees the engine; the caller has made the context current."""
-        del self._engine
+        self._engine.close()
 
 
 class GpuCall:

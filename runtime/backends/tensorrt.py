@@ -170,6 +170,10 @@ class Engine:
             self._context.set_device_memory(address, nbytes)
             self._memory = (address, nbytes)
 
+    def close(self) -> None:
+        """Frees what TensorRT holds, whoever still refers to this object; the caller has made the GPU's context current."""
+        self._context = self._config = self._engine = None
+
     def enqueue(self, addresses: Mapping[str, int], stream: int) -> None:
         """Puts one run into a stream; it returns before that is done.
 
