@@ -15,7 +15,19 @@ from .model_facts import FLOAT, ModelFacts
 from .targets import Capability
 from .vae_tiles import Tile, clipped, tiles_of
 
-__all__ = ["CONTEXT", "PROCESS", "Case", "Item", "Reuse", "Stage", "decode", "denoise", "encode", "schedule", "text"]
+__all__ = [
+    "CONTEXT",
+    "PROCESS",
+    "Case",
+    "Item",
+    "ReuseMemory",
+    "Stage",
+    "decode",
+    "denoise",
+    "encode",
+    "schedule",
+    "text",
+]
 
 CONTEXT = 600_000_000  # CUDA context, TensorRT's library and compiled kernels: an allowance, not measured
 PROCESS = 400_000_000  # the program on the host, which counts where memory is unified: an allowance too
@@ -44,7 +56,7 @@ class Stage:
 
 
 @dataclass(frozen=True)
-class Reuse:
+class ReuseMemory:
     """A policy of reuse between steps, as far as memory goes.
 
     caches: bytes of its buffers, for a size, whether there is guidance, and the precision of what is not quantized.
@@ -70,8 +82,8 @@ class Case:
     cached_prompt: bool
     capability: Capability | None
     unified: bool
-    reuse: Reuse | None = None
-    policies: tuple[Reuse, ...] = ()
+    reuse: ReuseMemory | None = None
+    policies: tuple[ReuseMemory, ...] = ()
 
     @cached_property
     def size(self) -> Geometry:
