@@ -348,6 +348,15 @@ def test_reused_steps_of_a_quantized_bundle_are_those_of_a_plain_reference(
         assert snr(wanted, one) > 30
 
 
+def test_a_quantized_bundle_keeps_caches_in_int8(quantized_model: Any) -> None:
+    """The same two graphs serve every mixture."""
+    tiny, text = quantized_model("int8", 3), f"tokens,{SHORT},token_share=0.3"
+    wide, kinds = tiny.run(policy_of(text), 8)
+    narrow, same = tiny.run(policy_of(f"{text},token_cache=int8"), 8)
+    assert kinds == same and "tokens" in kinds
+    assert 25 < snr(wide[-1], narrow[-1]) < 120
+
+
 def test_halves_in_turn_are_the_halves_side_by_side(model: Any) -> None:
     tiny, policy = model("cogvideox10-tiny"), policy_of("combined,warmup=1,final=0,guidance_period=1")
     aside, _ = tiny.run(policy, 8)
