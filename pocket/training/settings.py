@@ -76,9 +76,6 @@ class DitRun:
     caption_dropout: float = 0.1
     masked_share: float = 0.5
     person_weight: float = 1.0  # extra weight of the person's region
-    # Timesteps are drawn as 1 - (1 - u)^this, u uniform: 1 is uniform, more favours noise, where pose, photograph and caption
-    # decide what appears; at little noise the latents show it already.
-    noise_power: float = 2.0
     hours: float = 8.0
 
 

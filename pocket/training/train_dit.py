@@ -106,7 +106,6 @@ def _losses(
     size = len(clean)
     # One timestep from each of `size` equal spans: the loss of a batch then says less about its luck.
     spans = (torch.arange(size) + torch.rand(size, generator=trainer.noise)) / size
-    spans = 1 - (1 - spans) ** run.noise_power
     timesteps = (spans * len(alphas)).long().clamp(max=len(alphas) - 1)
     alpha = alphas[timesteps][:, None, None, None, None]
     noise = torch.randn(clean.shape, generator=trainer.noise)
