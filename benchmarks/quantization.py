@@ -26,12 +26,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import onnx
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # so that this file also runs as a script
 
 from benchmarks.receipt import paired, write_receipt
+from dynamictrl_edge.bundle.config import TransformerConfig, VaeConfig, geometry
 from dynamictrl_edge.bundle.store import Bundle
 from dynamictrl_edge.calibration.block_graph import LINEARS, inputs_of
 from dynamictrl_edge.calibration.calibrate import Options, calibrate
@@ -130,6 +132,7 @@ def main() -> None:
             figures[f"quantize_static {method}"] = judge(contender, clips, animator)
             print(json.dumps({method: figures[f"quantize_static {method}"]}), flush=True)
     figures["VAE with int8 weights"] = rounded_vae(animator, clips)
+    figures["VAE of the full model"] = vae_operations()
     settings = {
         "bundle": animator.bundle.manifest.provenance,
         "steps": arguments.steps,
@@ -378,6 +381,37 @@ def rounded_vae(animator: Animator, clips: Sequence[Clip]) -> dict[str, float]:
         rough = to_uint8(VAEDecoder(lambda name, *_: graphs[name]).decode(latents))[: clip.ready.run.frames]
         found.append(float(np.minimum(psnr(rough, decoded(animator, clip, clip.final)), 99).mean()))
     return {"psnr_to_float_db": float(np.mean(found))}
+
+
+def vae_operations() -> dict[str, float]:
+    """Operations of the full-size VAE's decoder for a clip of 1360x768x37, and of 25 denoising steps with guidance."""
+    import torch
+    from diffusers import AutoencoderKLCogVideoX
+
+    from benchmarks.checkpoints import SPECS, transformer_config, vae_config
+
+    height, width, frames, steps = 768, 1360, 37, 25
+    config = vae_config(SPECS["full"])
+    with torch.device("meta"):
+        vae = AutoencoderKLCogVideoX.from_config(config)
+    found = 0
+
+    def count(layer: torch.nn.Module, _: Any, output: torch.Tensor) -> None:
+        nonlocal found
+        found += 2 * output.numel() * layer.weight[0].numel()
+
+    for layer in vae.modules():
+        if isinstance(layer, (torch.nn.Conv2d, torch.nn.Conv3d)):
+            layer.register_forward_hook(count)
+    with torch.no_grad():
+        vae.decode(
+            torch.empty(1, config["latent_channels"], (frames - 1) // 4 + 1, height // 8, width // 8, device="meta")
+        )
+    shape = msgspec.convert(transformer_config(SPECS["full"]), TransformerConfig)
+    size = geometry(shape, msgspec.convert(config, VaeConfig), height, width, frames)
+    n, d = size.video_tokens + shape.max_text_seq_length, shape.width
+    denoising = 2 * steps * shape.num_layers * (24 * n * d**2 + 4 * n**2 * d)
+    return {"decoder": float(found), "denoising": float(denoising)}
 
 
 if __name__ == "__main__":

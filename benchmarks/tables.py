@@ -1,4 +1,4 @@
-"""Writes the tables of README.md from the receipts in `benchmarks/results/`.
+"""Writes the tables of README.md and docs/ from the receipts in `benchmarks/results/`.
 
     python benchmarks/tables.py [--check]
 
@@ -16,7 +16,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
+sys.path.append(str(Path(__file__).resolve().parents[1]))  # so that this file also runs as a script
+
+from benchmarks.receipt import ROOT
+from benchmarks.reuse import STEPS_GROUP, Row, table
 
 
 def exact_loop(receipt: dict[str, Any]) -> list[str]:
@@ -155,12 +158,68 @@ def quantization(receipt: dict[str, Any]) -> list[str]:
                 f"| {row['final_latent_snr_db']['median']:.1f} dB | {min(snr):.1f} to {max(snr):.1f} dB | {share} |"
             )
     vae = figures["VAE with int8 weights"]["psnr_to_float_db"]
+    full = figures["VAE of the full model"]
     lines += [
         "",
-        f"The VAE with its weights rounded to int8 per output channel is {vae:.1f} dB from the float one; whether int8 pays there "
-        "is not measured, and it stays float.",
+        f"The VAE stays float. With its weights alone rounded to int8 per output channel, frames are {vae:.1f} dB from the float "
+        f"ones. At full size its decoder does {full['decoder'] / full['denoising']:.1%} of the operations of 25 denoising steps, so "
+        "that int8 could save half of that at most, for errors that nothing after it smooths. (Convolutions over time and space "
+        "with Q/DQ do become integer kernels in TensorRT-RTX; where reuse makes denoising a few times faster, this may be worth "
+        "another look.)",
     ]
     return lines
+
+
+def int8_latency(receipt: dict[str, Any]) -> list[str]:
+    figures, settings = receipt["figures"], receipt["settings"]
+    pairs = figures["seconds_float_int8"]
+    kernels = figures["kernels"]["int8"]
+    return [
+        f"Denoising loop of the 27 M benchmark model (width {figures['width']}, {figures['blocks']} blocks, "
+        f"{figures['video_tokens']} + {figures['text_tokens']} tokens, {settings['steps']} steps with guidance) on "
+        f"{receipt['machine']['cores']} cores, float32 and int8 in turn, median of {settings['rounds']} "
+        f"({source(receipt, 'int8_latency')}): {pairs['a_median']:.2f} s and {pairs['b_median']:.2f} s, "
+        f"**{pairs['ratio_median']:.2f}× as fast** ({pairs['ratio_min']:.2f} to {pairs['ratio_max']:.2f}), with "
+        f"{figures['peak_rss_mb']['float']:.0f} and {figures['peak_rss_mb']['int8']:.0f} MB of peak memory. ONNX Runtime's profile of a block names "
+        f"{kernels.get('MatMulIntegerToFloat', 0)} integer products and {kernels.get('MatMul', 0)} float ones.",
+    ]
+
+
+def reuse(receipt: dict[str, Any]) -> list[str]:
+    """Presets, and what else nothing beats."""
+    rows, whole, narrow = reuse_rows(receipt)
+    presets = {text: name for name, text in receipt["figures"]["presets"].items() if text is not None}
+    shown = [row for row in rows if row.name in presets or row.group == STEPS_GROUP]
+    lines = table(
+        [*shown, *(row for row in narrow if row.name.removeprefix("int8, ") in (*presets, whole.name))], whole
+    )
+    for text, name in presets.items():
+        lines = lines.replace(f" {text} |", f" `--reuse {name}` |").replace(
+            f" int8, {text} |", f" int8, `--reuse {name}` |"
+        )
+        lines = lines.replace(f" **{text}** |", f" `--reuse {name}` |").replace(
+            f" **int8, {text}** |", f" int8, `--reuse {name}` |"
+        )
+    return [reuse_caption(receipt), "", *lines.splitlines()]
+
+
+def reuse_sweep(receipt: dict[str, Any]) -> list[str]:
+    """Everything that was measured."""
+    rows, whole, narrow = reuse_rows(receipt)
+    return [reuse_caption(receipt), "", *table([*rows, *narrow], whole).splitlines()]
+
+
+def reuse_rows(receipt: dict[str, Any]) -> tuple[list[Row], Row, list[Row]]:
+    figures = receipt["figures"]
+    return [Row(**row) for row in figures["rows"]], Row(**figures["full"]), [Row(**row) for row in figures["int8"]]
+
+
+def reuse_caption(receipt: dict[str, Any]) -> str:
+    settings = receipt["settings"]
+    return (
+        f"The pocket model, {settings['clips']} held-out clips, {settings['steps']} steps, guidance {settings['guidance']:g} "
+        f"({source(receipt, 'reuse')}):"
+    )
 
 
 TABLES: dict[str, Callable[[dict[str, Any]], list[str]]] = {
@@ -169,8 +228,12 @@ TABLES: dict[str, Callable[[dict[str, Any]], list[str]]] = {
     "full_build": full_build,
     "pocket": pocket,
     "quantization": quantization,
+    "int8_latency": int8_latency,
+    "reuse": reuse,
+    "reuse_sweep": reuse_sweep,
 }
-PAGES = ("README.md", "pocket/model/README.md", "docs/calibration.md")
+RECEIPTS = {"reuse_sweep": "reuse"}  # where it has another name than the table
+PAGES = ("README.md", "pocket/model/README.md", "docs/calibration.md", "docs/reuse.md")
 
 
 def source(receipt: dict[str, Any], name: str) -> str:
@@ -186,11 +249,11 @@ def main() -> int:
         path = ROOT / page
         text = path.read_text()
         changed = text
-        for name, table in TABLES.items():
+        for name, made in TABLES.items():
             if f"<!-- {name} -->" not in text:
                 continue
-            receipt = json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())
-            body = "\n".join(table(receipt))
+            receipt = json.loads((ROOT / "benchmarks" / "results" / f"{RECEIPTS.get(name, name)}.json").read_text())
+            body = "\n".join(made(receipt))
             pattern = re.compile(rf"<!-- {name} -->\n.*?<!-- end -->|<!-- {name} -->", re.DOTALL)
             changed = pattern.sub(lambda _, name=name, body=body: f"<!-- {name} -->\n{body}\n<!-- end -->", changed)  # type: ignore[misc]
         if check and changed != text:

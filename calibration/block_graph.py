@@ -22,6 +22,7 @@ from ..bundle.manifest import SCHEMES, Scheme
 from .grids import grid_of
 
 __all__ = [
+    "CONDITIONING_LINEARS",
     "LINEARS",
     "MODULATION_LINEARS",
     "SCALED",
@@ -36,6 +37,7 @@ LINEARS = ("qkv", "out", "ff_in", "ff_out")  # of the denoiser's block, in the o
 SCALED = ("out", "ff_out")  # those whose input is multiplied in the block itself: no norm precedes them
 TEXT_LINEARS = ("qkv", "attn_out", "wi", "wo")
 MODULATION_LINEARS = ("norm1_linear", "norm2_linear", "pose_norm_linear")
+CONDITIONING_LINEARS = ("text", "patch_image", "patch_pose")
 
 Form = Literal["portable", "cpu"]
 

@@ -26,6 +26,7 @@ from ..runtime.scheduler import make_schedule
 from .block_graph import LINEARS
 from .blocks import Decisions, candidates, decide_blocks
 from .choose import Choice, Kept, choose, graph_name, ranking
+from .conditioning import NarrowedLinears, narrow_conditioning
 from .decide import PERCENTILES, Settings
 from .measure import Measurer, spread_steps
 from .modulation import Narrowed, narrow_modulation
@@ -40,6 +41,7 @@ __all__ = ["Calibration", "Options", "calibrate"]
 
 MEASURED_STEPS = 5  # timesteps of sensitivity and quality
 MEASURED_SAMPLES = 4
+CONDITIONING_SAMPLES = 16
 LEAST_BEYOND = 1  # values that must lie beyond the rarest percentile
 
 
@@ -85,6 +87,7 @@ class Calibration:
     timesteps: tuple[int, ...]
     denoiser_bytes: tuple[int, int]  # before and after
     modulation: Narrowed
+    conditioning: NarrowedLinears
     text: Narrowed | None  # None: not asked for
 
     def facts(self) -> dict[str, Any]:
@@ -96,6 +99,7 @@ class Calibration:
             "graphs": dict(Counter(map(graph_name, self.choice.kept))),
             "high_precision": self.choice.count,
             "modulation": msgspec.to_builtins(self.modulation),
+            "conditioning": msgspec.to_builtins(self.conditioning),
             "text_encoder": msgspec.to_builtins(self.text),
             "denoiser_bytes": {"before": self.denoiser_bytes[0], "after": self.denoiser_bytes[1]},
             "linears": [
@@ -165,6 +169,7 @@ class _Decided:
 
     blocks: list[Decisions]
     modulation: Narrowed
+    conditioning: NarrowedLinears
     text: Narrowed | None
 
 
@@ -218,7 +223,13 @@ class _Job:
         modulation = narrow_modulation(
             self.source, self.runs, self.backend, timesteps, settings, self.work, progress.advance
         )
-        return _Decided(blocks, modulation, self._text())
+        requests = [Trajectory.load(self.work.trajectory(i)).conditions for i in self._chosen(CONDITIONING_SAMPLES)]
+        conditioning = narrow_conditioning(self.source, self.runs, self.backend, requests, settings, self.work)
+        return _Decided(blocks, modulation, conditioning, self._text())
+
+    def _chosen(self, most: int) -> tuple[int, ...]:
+        """At most `most` of the samples."""
+        return spread_steps(self.plan.samples, most)
 
     def _text(self) -> Narrowed | None:
         config = self.source.manifest.text
@@ -239,13 +250,14 @@ class _Job:
         steps = spread_steps(len(schedule), MEASURED_STEPS)
         blocks = candidates(self.runs, self.work, wide=self.runs is not self.source)
         measurer = Measurer(self.runs, self.backend, options.settings.scheme, blocks, schedule, options.guidance, steps)
-        chosen = spread_steps(self.plan.samples, MEASURED_SAMPLES)
-        trajectories = [Trajectory.load(self.work.trajectory(i)) for i in chosen]
+        trajectories = [Trajectory.load(self.work.trajectory(i)) for i in self._chosen(MEASURED_SAMPLES)]
         progress.stage("Measuring each linear", len(trajectories) * len(steps))
         sensitivity = measurer.alone(trajectories, progress.advance)
         tables = self._tables(decided)
         if tables is not None:
             measurer.use_modulation(tables)
+        if decided.conditioning.linears:
+            measurer.use_conditioning(self.work.shared, decided.conditioning.linears)
 
         def quality(kept: Kept) -> np.ndarray:
             progress.stage("Measuring the whole", len(trajectories) * len(steps))
@@ -271,6 +283,8 @@ class _Job:
         names = writer.blocks(scheme, blocks, choice)
         factors = [block.row_scale(linears) for block, linears in zip(blocks, choice.quantized, strict=True)]
         writer.modulation(factors, self._tables(decided))
+        if decided.conditioning.linears:
+            writer.conditioning(decided.conditioning.linears, self.work.shared)
         if decided.text is not None and decided.text.narrow and manifest.text is not None:
             writer.text([self.work.text_block(i) for i in range(manifest.text.num_layers)])
         writer.rest()
@@ -282,6 +296,7 @@ class _Job:
             tuple(int(self.plan.schedule.timesteps[i]) for i in measured.steps),
             (denoiser_bytes(manifest.files), denoiser_bytes(writer.files)),
             decided.modulation,
+            decided.conditioning,
             decided.text,
         )
         facts = {**made.facts(), "options": msgspec.to_builtins(self.options)}
@@ -418,7 +433,7 @@ def _check_samples(source: Bundle, samples: Sequence[Sample], plan: Plan) -> Non
 def _key(source: Bundle, runs: Bundle, samples: Sequence[Sample], options: Options) -> str:
     """What statistics and decisions depend on; the budget of quality is not part of it."""
     parts = [
-        "1",  # form of the files
+        "2",  # form of the files
         bundle_digest(source.manifest),
         bundle_digest(runs.manifest),
         fingerprint(samples),

@@ -24,6 +24,7 @@ from ..runtime.noise import NoiseSource
 from ..runtime.scheduler import Schedule
 from .block_graph import LINEARS, MODULATION_LINEARS, quantized
 from .blocks import BlockCandidate, widened
+from .conditioning import narrowed_graph
 from .graphs import read_model
 from .work import Trajectory
 
@@ -84,6 +85,12 @@ class Measurer:
         tables = [graph({**feeds, **self._fed(MappedTensors(path, error=BundleError))})["table"] for path in narrowed]
         head = self._backend.graph("head_modulation")(feeds)["table"]
         self._denoiser.use_tables(self._part, np.stack(tables, axis=1), head)
+
+    def use_conditioning(self, shared: Path, linears: Sequence[str]) -> None:
+        """From now on requests are conditioned with the int8 weights of this file, those of `linears`."""
+        made = narrowed_graph(self._bundle, linears)
+        graph = self._backend.backend.load("conditioning", spec_of(made, ""), made.SerializeToString())
+        self._backend.conditioning = _Conditioning(graph, self._fed(MappedTensors(shared, error=BundleError)))
 
     def _fed(self, stored: MappedTensors) -> Mapping[str, np.ndarray]:
         return widened(stored) if self._blocks[0].wide else stored
@@ -163,8 +170,11 @@ class _Candidates:
     lanes: int = 1
     scratch: dict[str, np.ndarray] = field(default_factory=dict)
     loaded: dict[frozenset[str], OrtGraph] = field(default_factory=dict)
+    conditioning: _Conditioning | None = None
 
-    def graph(self, name: str, lane: int = 0, lanes: int = 1) -> OrtGraph | _CandidateGraph:
+    def graph(self, name: str, lane: int = 0, lanes: int = 1) -> OrtGraph | _CandidateGraph | _Conditioning:
+        if name == "conditioning" and self.conditioning is not None:
+            return self.conditioning
         for prefix in (MEASURED, MIXED):
             if name.startswith(prefix):
                 return _CandidateGraph(self, int(name.removeprefix(prefix)), prefix == MEASURED)
@@ -204,6 +214,19 @@ class _CandidateGraph:
         if not self._measured:
             return candidates.prepare(block, candidates.chosen[block], arrays)
         return _Comparison(candidates, block, arrays)
+
+
+class _Conditioning:
+    """The conditioning with weights of its own."""
+
+    def __init__(self, graph: OrtGraph, weights: Mapping[str, np.ndarray]):
+        self._graph, self._weights, self.spec = graph, weights, graph.spec
+
+    def __call__(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        return self._graph({**feeds, **self._weights})
+
+    def prepare(self, arrays: Mapping[str, np.ndarray]) -> OrtCall:
+        return self._graph.prepare({**arrays, **self._weights})
 
 
 class _Variant:

@@ -76,8 +76,11 @@ def _other_parts(facts: Mapping[str, Any], text: Mapping[str, Any] | None) -> st
         how = "int8 weights" if found["narrow"] else "left as it was"
         return f"{what}: {how} ({found['snr']:.1f} dB)."
 
+    shared = facts["conditioning"]
+    told = ", ".join(f"{name} {quality:.1f} dB" for name, quality in shared["snr"].items())
+    conditioning = f"Conditioning: int8 weights of {', '.join(shared['linears']) or 'no linear'} ({told})."
     vae = "VAE: left as it was; it is a few percent of a full-size bundle, and its errors are seen directly."
-    return f"<p>{said('Modulation', facts['modulation'])} {said('Text encoder', text)} {vae}</p>"
+    return f"<p>{said('Modulation', facts['modulation'])} {conditioning} {said('Text encoder', text)} {vae}</p>"
 
 
 def _strip(title: str, frames: np.ndarray) -> str:

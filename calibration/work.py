@@ -67,6 +67,11 @@ class Work:
         """A block's modulation with int8 weights."""
         return self.root / f"modulation_{block:02d}.safetensors"
 
+    @property
+    def shared(self) -> Path:
+        """The denoiser's shared weights, those of the conditioning as int8."""
+        return self.root / "denoiser.safetensors"
+
     def text_block(self, layer: int) -> Path:
         """A layer of the text encoder with int8 weights."""
         return self.root / f"text_block_{layer:02d}.safetensors"

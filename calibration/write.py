@@ -1,4 +1,5 @@
-"""Writes the quantized bundle: new graphs and weights of the blocks, the modulation and the text encoder; all else as it was."""
+"""Writes the quantized bundle: new graphs and weights of the blocks, the modulation, the conditioning and the text encoder; all
+else as it was."""
 
 from __future__ import annotations
 
@@ -30,6 +31,7 @@ from ..export.workspace import spec_of
 from .block_graph import LINEARS, MODULATION_LINEARS, TEXT_LINEARS, modulation_graph, quantized
 from .blocks import BlockCandidate
 from .choose import Choice, graph_name
+from .conditioning import narrowed_graph
 from .graphs import read_model
 
 __all__ = ["Writer"]
@@ -86,6 +88,15 @@ class Writer:
             rows = {"row_scale": neutral if factor is None else factor} if scaled else {}
             self._tensors(name, {**stored, **rows}, stored)
             stored.release()
+
+    def conditioning(self, linears: Sequence[str], shared: Path) -> None:
+        """The conditioning with int8 weights of `linears`; `shared`: all weights that the denoiser's graphs share."""
+        self.graph("conditioning", narrowed_graph(self.source, linears))
+        self.linears["conditioning"] = tuple(linears)
+        self.weights_only.append("conditioning")
+        stored = MappedTensors(shared, error=BundleError)
+        self._tensors("denoiser", dict(stored), stored)
+        stored.release()
 
     def text(self, narrowed: Sequence[Path]) -> None:
         """The text encoder with the weights of these files, one per layer."""

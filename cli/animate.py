@@ -130,44 +130,47 @@ def command(
     targets = [(seed, _for_seed(out, seed, seeds), _latents_for_seed(save_latents, seed, seeds)) for seed in seeds]
     for _, video, latents in targets:
         _check_targets(video, latents, inputs=(image, pose, bundle))
-    animator = Animator.from_bundle(bundle, backend=backend, memory=memory, threads=threads, cache=not no_cache)
-    results = []
-    told: set[str] = set()
-    for seed, video, latents in targets:
-        with working(as_json) as progress:
-            result = make(
-                animator,
-                video,
-                latents,
-                progress,
-                image=image,
-                pose=pose,
-                prompt=prompt,
-                negative_prompt=negative_prompt,
-                num_inference_steps=steps,
-                guidance_scale=guidance,
-                seed=seed,
-                height=height,
-                width=width,
-                num_frames=frames,
-                fps=fps,
-                fit=fit,
-                skip_frames=skip_frames,
-                drop_prefix=drop_prefix,
-                re_init_noise=re_init_noise,
-                tiling=tiling,
-                reuse=reuse,
-            )
-        results.append(result)
-        for text in result["notices"]:
-            if text not in told:
-                note(f"Note: {text}")
-                told.add(text)
-        if not as_json:
-            if result["reuse"] is not None:
-                note(result["reuse"]["summary"])
-            total = sum(result["seconds"].values())
-            note(f"Wrote {video}: {result['frames']} frames of {result['width']}x{result['height']}, {total:.1f} s.")
+    opened = Animator.from_bundle(bundle, backend=backend, memory=memory, threads=threads, cache=not no_cache)
+    with contextlib.closing(opened) as animator:
+        results = []
+        told: set[str] = set()
+        for seed, video, latents in targets:
+            with working(as_json) as progress:
+                result = make(
+                    animator,
+                    video,
+                    latents,
+                    progress,
+                    image=image,
+                    pose=pose,
+                    prompt=prompt,
+                    negative_prompt=negative_prompt,
+                    num_inference_steps=steps,
+                    guidance_scale=guidance,
+                    seed=seed,
+                    height=height,
+                    width=width,
+                    num_frames=frames,
+                    fps=fps,
+                    fit=fit,
+                    skip_frames=skip_frames,
+                    drop_prefix=drop_prefix,
+                    re_init_noise=re_init_noise,
+                    tiling=tiling,
+                    reuse=reuse,
+                )
+            results.append(result)
+            for text in result["notices"]:
+                if text not in told:
+                    note(f"Note: {text}")
+                    told.add(text)
+            if not as_json:
+                if result["reuse"] is not None:
+                    note(result["reuse"]["summary"])
+                total = sum(result["seconds"].values())
+                note(
+                    f"Wrote {video}: {result['frames']} frames of {result['width']}x{result['height']}, {total:.1f} s."
+                )
     if as_json:
         print_json(results[0] if len(results) == 1 else results)
 

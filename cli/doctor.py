@@ -169,7 +169,20 @@ def _gpu() -> list[Finding]:
     gpus, why = look_at_gpus()
     if not gpus:
         return [Finding("NVIDIA GPU", "info", f"none found ({why}); clips are made on the processor", "speed")]
-    return [Finding("NVIDIA GPU", "ok", _described(gpu), "speed") for gpu in gpus]
+    return [*(Finding("NVIDIA GPU", "ok", _described(gpu), "speed") for gpu in gpus), _pycuda(gpus[0])]
+
+
+def _pycuda(gpu: Gpu) -> Finding:
+    """What runs engines on the GPU, beside TensorRT. It is compiled where it is installed (docs/gpu.md)."""
+    mend = "CUDA_ROOT=/usr/local/cuda pip install pycuda"
+    if gpu.is_jetson:
+        mend = f"sudo apt install nvidia-jetpack python3-dev, then {mend}"
+    if importlib.util.find_spec("pycuda") is None:
+        return Finding("pycuda", "missing", "not installed", "speed", mend)
+    if why := _unloadable("pycuda.driver"):
+        again = mend.replace("pip install", "pip install --no-cache-dir --force-reinstall")
+        return Finding("pycuda", "missing", f"installed, cannot be loaded: {why}", "speed", again)
+    return Finding("pycuda", "ok", importlib.metadata.version("pycuda"), "speed")
 
 
 def _described(gpu: Gpu) -> str:

@@ -86,7 +86,7 @@ def plan_facts(made: MemoryPlan) -> dict[str, Any]:
         "resident_blocks": made.resident_blocks,
         "tile": [made.tile.rows, made.tile.columns],
         "reason": made.reason,
-        "stages": {stage.name: dict(stage.items) for stage in made.stages},
+        "stages": {stage.name: {item.name: item.bytes for item in stage.items} for stage in made.stages},
     }
 
 

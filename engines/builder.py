@@ -11,16 +11,12 @@ in silently, which builds an engine for one shape), cancelling, and streaming th
 
 from __future__ import annotations
 
-import contextlib
-import gc
 import hashlib
 import importlib
-import importlib.util
 import os
-import platform
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -28,9 +24,11 @@ from typing import Any, NamedTuple
 import msgspec
 
 from ..bundle.errors import BundleError, DeviceError, EdgeError, Interrupted
+from ..bundle.garbage import uncollected
 from .cause import cause_of
 from .profiles import Profile
 from .report import LayerReport, memory_of, parse_inspector_json, parse_log
+from .surface import has, lean_library
 from .targets import Capability, Flavour, capability_name
 
 __all__ = ["MODULES", "EngineJob", "Product", "build_engine", "has", "lean_library", "load_tensorrt"]
@@ -89,16 +87,6 @@ def load_tensorrt(flavour: Flavour) -> ModuleType:
         ) from error
 
 
-def has(trt: ModuleType, name: str) -> bool:
-    """Whether this TensorRT has `name` ("IStreamWriter", "Builder.build_serialized_network_to_stream")."""
-    found: Any = trt
-    for part in name.split("."):
-        if not hasattr(found, part):
-            return False
-        found = getattr(found, part)
-    return True
-
-
 def build_engine(job: EngineJob, progress: Progress, trt: ModuleType | None = None) -> tuple[Product, LayerReport]:
     """Compiles the graph of `job`, writes its engine to `job.engine`, and says what the compiler did.
 
@@ -112,21 +100,10 @@ def build_engine(job: EngineJob, progress: Progress, trt: ModuleType | None = No
     """
     if trt is None:
         trt = load_tensorrt(job.flavour)
-    with _no_collections():
+    # A collection while the compiler hands over a message can free an earlier compiler (one that an exception kept alive),
+    # whose end waits, for ever, for the lock that is held around messages.
+    with uncollected():
         return _build(trt, job, progress)
-
-
-@contextlib.contextmanager
-def _no_collections() -> Iterator[None]:
-    """A collection while the compiler hands over a message can free an earlier compiler (one that an exception kept alive),
-    whose end waits, for ever, for the lock that is held around messages."""
-    was = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was:
-            gc.enable()
 
 
 def _build(trt: ModuleType, job: EngineJob, progress: Progress) -> tuple[Product, LayerReport]:
@@ -371,17 +348,6 @@ def _lean_runtime(job: EngineJob, runtime: Any) -> Any:
             "Install it, in the version of TensorRT (pip install tensorrt-lean)."
         )
     return found
-
-
-def lean_library() -> Path | None:
-    """The shared library of TensorRT's lean runtime: from its package, else where the system keeps it (JetPack)."""
-    spec = importlib.util.find_spec("tensorrt_lean_libs")
-    places = [Path(place) for place in (spec.submodule_search_locations or ())] if spec is not None else []
-    places += [Path("/usr/lib") / f"{platform.machine()}-linux-gnu"]
-    for place in places:
-        if libraries := sorted([*place.glob("libnvinfer_lean.so*"), *place.glob("nvinfer_lean*.dll")]):
-            return libraries[0]
-    return None
 
 
 def _refused(job: EngineJob, log: Any, what: str, also: str = "") -> EdgeError:

@@ -28,7 +28,7 @@ from ..bundle.errors import DeviceError
 from ..bundle.manifest import Manifest
 from .engine_set import ClipSize, EngineSet
 from .model_facts import ModelFacts, facts_of, model_facts
-from .stages import Case, ReuseMemory, Stage, decode, denoise, encode, schedule, text
+from .stages import ACTIVATIONS, Case, ReuseMemory, Stage, decode, denoise, encode, schedule, text
 from .targets import Capability
 from .vae_tiles import Tile
 
@@ -48,6 +48,7 @@ __all__ = [
 
 GB = 1e9
 AMPERE: Capability = (8, 0)  # has bfloat16
+SLOW_LINK = 12.5e9  # bytes per second that PCIe 4 with 8 lanes really moves, of 15.75e9
 RING = 3  # slots for streamed blocks: one computes, two are on their way
 LEAST_RING = 2
 
@@ -64,9 +65,9 @@ class MemoryPlan:
     """The plan for one clip; if it does not fit, the one that needs least.
 
     `budget`: bytes; None: no limit. `batch`: guidance halves that go through a block together. `ring`: slots for the blocks that
-    are not resident. `smallest_budget`: the least with which some plan fits. `advice`: if it does not fit, what else could be
-    changed, each a clause for a person. `reuse`: name of the policy of reuse between steps; `caches`: its bytes, in the
-    denoising stage.
+    are not resident. `smallest_budget`: the least with which some plan fits. `block_bytes`, `block_flop`: what has to be copied for
+    one streamed block, and computed meanwhile. `advice`: if it does not fit, what else could be changed, each a clause for a
+    person. `reuse`: name of the policy of reuse between steps; `caches`: its bytes, in the denoising stage.
     """
 
     size: ClipSize
@@ -80,6 +81,8 @@ class MemoryPlan:
     tile: Tile
     stages: tuple[Stage, ...]
     smallest_budget: int
+    block_bytes: int
+    block_flop: int
     advice: tuple[str, ...] = field(default=())
     reuse: str | None = None
     caches: int = 0
@@ -92,6 +95,22 @@ class MemoryPlan:
     def peak(self) -> int:
         """Bytes in use at the worst moment."""
         return self.largest_stage.total
+
+    @property
+    def arena(self) -> int:
+        """Bytes that the runtime gives out itself, at the worst moment; alignment is not counted."""
+        return max(stage.arena for stage in self.stages)
+
+    def activations(self, stage: str) -> int:
+        """Bytes that the engines of a stage share."""
+        return sum(
+            item.bytes for made in self.stages if made.name == stage for item in made.items if item.name == ACTIVATIONS
+        )
+
+    @property
+    def tiled(self) -> bool:
+        """Whether the VAE works in tiles."""
+        return not self.tile.whole
 
     @property
     def fits(self) -> bool:
@@ -123,7 +142,23 @@ class MemoryPlan:
             else f"VAE tiles of {self.tile.rows}x{self.tile.columns} latents"
         )
         caches = f"; {self.caches / GB:.2f} GB of caches" if self.caches else ""
-        return f"{clip} needs {self.peak / GB:.2f} GB ({self.largest_stage.name}): {blocks}{halves}; {tile}{caches}."
+        need = f"{self.peak / GB:.2f} GB ({self.largest_stage.name})"
+        return f"{clip} needs {need}: {blocks}{halves}; {tile}{caches}.{self._streaming}"
+
+    @property
+    def hidden_up_to(self) -> float:
+        """FLOP/s up to which a GPU computes a streamed block for longer than `SLOW_LINK` needs to bring the next."""
+        return self.block_flop / (self.block_bytes / SLOW_LINK)
+
+    @property
+    def _streaming(self) -> str:
+        """A sentence, where blocks stream."""
+        if self.ring == 0:
+            return ""
+        return (
+            f" Copying the others costs no time on a GPU that computes up to {self.hidden_up_to / 1e12:.0f} TFLOP/s (over "
+            "PCIe 4 x8)."
+        )
 
     def check(self) -> None:
         """Raises `DeviceError` with `reason` if the clip does not fit."""
@@ -190,6 +225,8 @@ def plan(
         tile=choice.tile,
         stages=_stages(case, choice),
         smallest_budget=least,
+        block_bytes=facts.block,
+        block_flop=_block_flop(case),
         advice=() if budget is None or least <= budget else tuple(_advice(case, budget)),
         reuse=None if reuse is None else reuse.name,
         caches=case.caches,
@@ -206,10 +243,13 @@ def plan_with_engines(
     steps: int = 25,
     cached_prompt: bool = False,
     unified: bool = False,
+    batch: int | None = None,
+    tile: tuple[int, int] | None = None,
     reuse: ReuseMemory | None = None,
     policies: tuple[ReuseMemory, ...] = (),
 ) -> MemoryPlan:
-    """Plans a clip with engines that exist: their own activation bytes, batch and tile."""
+    """Plans a clip with engines that exist: their own activation bytes, and their batch and tile where none is given (which must
+    not be larger)."""
     return plan(
         facts_of(manifest),
         size,
@@ -217,8 +257,8 @@ def plan_with_engines(
         budget=budget,
         measured={name: entry.activation_bytes for name, entry in engines.engines.items()},
         steps=steps,
-        batch=engines.options.batch,
-        tile=engines.options.tile,
+        batch=batch or engines.options.batch,
+        tile=tile or engines.options.tile,
         cached_prompt=cached_prompt,
         capability=min(engines.capabilities),
         unified=unified,
@@ -315,6 +355,13 @@ def _stages(case: Case, choice: _Choice) -> tuple[Stage, ...]:
 def _room(case: Case, batch: int, budget: int) -> int:
     """For how many blocks there is room beside everything else in the denoising stage."""
     return (budget - denoise(case, batch, 0, 0).total) // case.facts.block
+
+
+def _block_flop(case: Case) -> int:
+    """Linears and attention of one block, for both guidance halves."""
+    tokens = case.size.video_tokens + case.facts.transformer.max_text_seq_length
+    d = case.facts.transformer.width
+    return case.halves * (24 * tokens * d * d + 4 * tokens * tokens * d)
 
 
 def _vae_peak(case: Case, tile: Tile) -> int:

@@ -16,6 +16,7 @@ from .targets import Capability
 from .vae_tiles import Tile, clipped, tiles_of
 
 __all__ = [
+    "ACTIVATIONS",
     "CONTEXT",
     "PROCESS",
     "Case",
@@ -31,16 +32,18 @@ __all__ = [
 
 CONTEXT = 600_000_000  # CUDA context, TensorRT's library and compiled kernels: an allowance, not measured
 PROCESS = 400_000_000  # the program on the host, which counts where memory is unified: an allowance too
-PAIR = 2  # slots for what is streamed once: one in use, one on its way
 MODULATION_ROWS = 15
+ACTIVATIONS = "activations"  # name of the item that all engines of a stage share
 COLOURS = 3
 
 
 class Item(NamedTuple):
-    """Something that lies in memory during a stage."""
+    """Something that lies in memory during a stage. `ours`: in the runtime's arena; else it is CUDA's, TensorRT's or the
+    host's."""
 
     name: str
     bytes: int
+    ours: bool = True
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,11 @@ class Stage:
     @property
     def total(self) -> int:
         return sum(item.bytes for item in self.items)
+
+    @property
+    def arena(self) -> int:
+        """Bytes that the runtime gives out itself."""
+        return sum(item.bytes for item in self.items if item.ours)
 
 
 @dataclass(frozen=True)
@@ -109,14 +117,14 @@ class Case:
 
 
 def _stage(case: Case, name: str, *items: Item) -> Stage:
-    base = [Item("CUDA context and libraries", CONTEXT)]
+    base = [Item("CUDA context and libraries", CONTEXT, ours=False)]
     if case.unified:
-        base.append(Item("the program", PROCESS))
+        base.append(Item("the program", PROCESS, ours=False))
     return Stage(name, (*base, *(item for item in items if item.bytes)))
 
 
 def text(case: Case) -> Stage | None:
-    """Blocks pass through a ring once, both prompts at a time. Embedding rows are gathered on the host."""
+    """Block after block, both prompts at a time. Embedding rows are gathered on the host."""
     config = case.facts.text
     if config is None or case.cached_prompt:
         return None
@@ -126,8 +134,8 @@ def text(case: Case) -> Stage | None:
     return _stage(
         case,
         "text",
-        Item("streamed text blocks", min(PAIR, config.num_layers) * case.facts.text_block),
-        Item("activations", case.activation("text_block", B=case.halves, S=length)),
+        Item("one text block", case.facts.text_block),
+        Item(ACTIVATIONS, case.activation("text_block", B=case.halves, S=length)),
         Item("text stream and position bias", FLOAT * (hidden + bias)),
     )
 
@@ -146,7 +154,7 @@ def encode(case: Case, tile: Tile) -> Stage:
         case,
         "encode",
         *_vae_items(tile, more, facts.encoder, max(needs), facts.encoder_state, pixels + moments),
-        Item("pose clip on the host", _host_clip(case) if case.unified else 0),
+        Item("pose clip on the host", _host_clip(case) if case.unified else 0, ours=False),
     )
 
 
@@ -169,7 +177,7 @@ def decode(case: Case, tile: Tile) -> Stage:
         case,
         "decode",
         *_vae_items(tile, more, facts.decoder, max(needs), facts.decoder_state, chunk),
-        Item("decoded clip on the host", waiting if case.unified else 0),
+        Item("decoded clip on the host", waiting if case.unified else 0, ours=False),
     )
 
 
@@ -177,8 +185,8 @@ def _vae_items(tile: Tile, more: bool, weights: int, activations: int, state: in
     """`state` in bytes and `chunk` in float32 numbers per latent of the tile. Engines for first and later chunks each hold all
     of the weights; the state of one chunk is read while that of the next is written."""
     area = tile.rows * tile.columns
-    yield Item("engines with weights", (2 if more else 1) * weights)
-    yield Item("activations", activations)
+    yield Item("engines with weights", (2 if more else 1) * weights, ours=False)
+    yield Item(ACTIVATIONS, activations)
     yield Item("convolution states", (2 if more else 1) * state * area)
     yield Item("chunk in and out", FLOAT * chunk * area)
 
@@ -194,16 +202,17 @@ def schedule(case: Case) -> Stage:
     return _stage(
         case,
         "schedule",
-        Item("streamed modulation weights", min(PAIR, facts.transformer.num_layers) * facts.modulation),
+        Item("one block's modulation weights", facts.modulation),
         Item("other weights", facts.shared),
-        Item("activations", max(needs)),
-        Item("modulation table", _table(case)),
+        Item(ACTIVATIONS, max(needs)),
+        Item("one block's modulation", FLOAT * case.steps * MODULATION_ROWS * facts.transformer.width),
     )
 
 
 def _table(case: Case) -> int:
+    """Of all steps, and the rows of the one at hand."""
     config = case.facts.transformer
-    return FLOAT * case.steps * (MODULATION_ROWS * config.num_layers + 2) * config.width
+    return FLOAT * (case.steps + 1) * (MODULATION_ROWS * config.num_layers + 2) * config.width
 
 
 def denoise(case: Case, batch: int, resident: int, ring: int) -> Stage:
@@ -225,9 +234,9 @@ def denoise(case: Case, batch: int, resident: int, ring: int) -> Stage:
     video, text = 2 * halves * n, 3 * halves * length  # the projected prompts stay, for the next step
     poses, stem_video, photo = 3 * n, n, n  # so do the first pose tokens
     numbers = config.latent_channels * size.latent_frames * size.latent_height * size.latent_width
-    # Latents and the last prediction before and after a step, noise, photo, pose; the predictions of the halves.
-    latents = (7 + halves) * numbers
-    prompts = halves * length * config.text_embed_dim
+    # Latents and the last prediction before and after a step, noise; the predictions of the halves. What conditioning takes
+    # (prompts, photo, pose) is gone before these come.
+    latents = (5 + halves) * numbers
     rope = (n + length) * config.attention_head_dim
     return _stage(
         case,
@@ -235,11 +244,11 @@ def denoise(case: Case, batch: int, resident: int, ring: int) -> Stage:
         Item("resident blocks", resident * facts.block),
         Item("slots for streamed blocks", ring * facts.block),
         Item("other weights", facts.shared),
-        Item("activations", max(needs)),
+        Item(ACTIVATIONS, max(needs)),
         Item("video and text streams", facts.stream * config.width * (video + text)),
         Item("photo and pose tokens", facts.stream * config.width * (poses + stem_video + photo)),
         Item("latents, noise and guidance", FLOAT * latents),
-        Item("prompts and rotary tables", FLOAT * (prompts + rope)),
+        Item("rotary tables", FLOAT * rope),
         Item("modulation table", _table(case)),
         Item("caches of reuse", case.caches),
     )

@@ -15,13 +15,13 @@ from typing import Any
 import numpy as np
 
 from ..bundle.config import Geometry, geometry
-from ..bundle.errors import BundleError, DeviceError, InputError, Interrupted, UsageError
+from ..bundle.errors import BundleError, DeviceError, EdgeError, InputError, Interrupted, UsageError
 from ..bundle.manifest import MANIFEST_NAME
 from ..bundle.store import Bundle
-from .backends.base import Backend
+from .backends.base import Backend, DeviceBackend, Plan
 from .denoiser import Denoiser, Latents, Step
 from .media import as_rate, load_photo, load_pose, photo_to_tensor, pose_to_tensor
-from .memory import MemoryPlan, physical_memory, plan_memory
+from .memory import physical_memory, plan_memory
 from .noise import NoiseSource
 from .reinit import reinitialised
 from .request import Request
@@ -32,7 +32,7 @@ from .reuse.tokens import Touched, drawn_tokens
 from .scheduler import Schedule, SchedulerConfig, make_schedule
 from .text import TextStage
 from .tiling import Tiling
-from .vae import VAEDecoder, VAEEncoder, sample_posterior
+from .vae import Order, VAEDecoder, VAEEncoder, sample_posterior
 
 __all__ = ["Animator", "Clip", "Prepared", "Request", "Run"]
 
@@ -68,7 +68,7 @@ class Run:
     geometry: Geometry
     fps: Fraction
     frames: int
-    plan: MemoryPlan
+    plan: Plan
     notices: list[str] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
     latents: np.ndarray | None = None
@@ -106,6 +106,8 @@ class Animator:
         Raises `BundleError` if the bundle lacks what an animation needs.
         """
         self.bundle, self.backend = bundle, backend
+        # A backend that plans its own memory; else the process's counts.
+        self._device: DeviceBackend | None = backend if isinstance(backend, DeviceBackend) else None
         manifest = bundle.manifest
         if manifest.text is None:
             raise UsageError(f"The bundle {str(bundle.root)!r} was exported without its text encoder.")
@@ -116,6 +118,7 @@ class Animator:
         self._text = TextStage(bundle, backend, cache=cache)
         self._denoiser: Denoiser | None = None
         self._cancelled = threading.Event()
+        self._notice = ""  # why this backend, for the person who asked
 
     @classmethod
     def from_bundle(
@@ -127,23 +130,30 @@ class Animator:
         threads: int | None = None,
         cache: bool = True,
     ) -> Animator:
-        """Opens a bundle folder. `backend`: auto or onnxruntime; `threads`: processor cores to use, 1 to 1024, default all.
+        """Opens a bundle folder.
+
+        `backend`: onnxruntime (processor), tensorrt (NVIDIA GPU), or auto: the GPU if engines in the bundle fit it, else the
+        processor. `threads`: processor cores to use, 1 to 1024, default all.
 
         Raises:
-            BundleError: the bundle is missing, damaged or of another version.
+            BundleError: the bundle is missing, damaged or of another version; or, for tensorrt, no engine set fits.
             DeviceError: the backend cannot run here.
             UsageError: an unknown backend, an impossible number of threads or budget.
         """
         if threads is not None and not 1 <= threads <= MAX_THREADS:
             raise UsageError(f"--threads {threads} is not possible: give a number from 1 to {MAX_THREADS}.")
         bundle = Bundle(path)
-        if backend == "tensorrt":
-            raise DeviceError("The TensorRT backend is not part of this version. Use --backend onnxruntime.")
-        if backend not in ("auto", "onnxruntime"):
-            raise UsageError(f"--backend {backend!r} is not known; use auto or onnxruntime.")
-        from .backends.onnxruntime import OnnxRuntimeBackend
+        if backend not in ("auto", "onnxruntime", "tensorrt"):
+            raise UsageError(f"--backend {backend!r} is not known; use auto, onnxruntime or tensorrt.")
+        chosen, notice = _choose(bundle, backend, threads)
+        made = cls(bundle, chosen, memory=memory, cache=cache)
+        made._notice = notice
+        return made
 
-        return cls(bundle, OnnxRuntimeBackend(bundle, threads=threads), memory=memory, cache=cache)
+    def close(self) -> None:
+        """Gives a GPU's memory back at once; the animator can make no more clips. No effect on the processor."""
+        if self._device is not None:
+            self._device.close()
 
     def cancel(self) -> None:
         """Ends the request that is running with `Interrupted`, within one block or VAE chunk. No effect if none is."""
@@ -211,7 +221,22 @@ class Animator:
         guided, policy = request.guided, request.policy
         if policy is not None:
             check_graphs(manifest, str(self.bundle.root), policy, guided=guided)
-        plan = plan_with_caches(
+        if self._device is not None:
+            plan: Plan = self._device.plan(size, request, self.memory)
+        else:
+            plan = self._host_plan(request, size)
+        run = Run(request, size, fps, size.frames - request.drop_prefix, plan)
+        if self._notice:
+            run.notices.append(self._notice)
+        if plan.tiled and request.tiling == "auto":
+            run.notices.append(
+                "The VAE works in tiles to keep within the memory; the clip differs a little from one without."
+            )
+        return run
+
+    def _host_plan(self, request: Request, size: Geometry) -> Plan:
+        manifest, guided = self.bundle.manifest, request.guided
+        return plan_with_caches(
             lambda caches: plan_memory(
                 manifest,
                 size,
@@ -222,17 +247,11 @@ class Animator:
                 physical=physical_memory(),
                 caches=caches,
             ),
-            policy,
+            request.policy,
             manifest,
             size,
             guided=guided,
         )
-        run = Run(request, size, fps, size.frames - request.drop_prefix, plan)
-        if plan.tiled and request.tiling == "auto":
-            run.notices.append(
-                "The VAE works in tiles to keep within the memory; the clip differs a little from one without."
-            )
-        return run
 
     def _block_bytes(self) -> int:
         """Bytes of the largest block."""
@@ -265,9 +284,10 @@ class Animator:
                 if callback is not None:
                     result = callback(self, step.index, step.timestep, {"latents": step.latents})
                     replaced = None if result is None else result.get("latents")
-                    if replaced is not None and replaced is not step.latents:
-                        np.copyto(step.latents, replaced)
+                    if replaced is not None:
+                        step.replace(replaced)
             final = step.latents[0, run.geometry.padding_frames :].copy()
+            del step  # and with it the loop's buffers
         if not np.isfinite(final).all():
             raise DeviceError(
                 "The denoising loop ended with values that are not finite. In fp16 this is an overflow: export with "
@@ -283,6 +303,8 @@ class Animator:
             photo, pose = self._media(run)
         with run.timed("verify"):
             self._verify(progress)
+            if self._device is not None:
+                self._device.begin(run.plan)
         with run.timed("text"):
             progress("text", 0, 1)
             prompts = [request.negative_prompt, request.prompt] if request.guided else [request.prompt]
@@ -323,6 +345,7 @@ class Animator:
             self.backend.graph,
             temporal_compression=vae.temporal_compression_ratio,
             tiling=self._tiling(run),
+            order=self._order(run),
             check=self._check,
         )
         moments = [encoder.encode(photo[:, :, None]), encoder.encode(pose)]
@@ -380,7 +403,7 @@ class Animator:
         vae = self.bundle.manifest.vae
         # [F, C, H, W] -> [1, C, F, H, W]
         unscaled = np.ascontiguousarray(final.transpose(1, 0, 2, 3)[None]) / np.float32(vae.scaling_factor)
-        decoder = VAEDecoder(self.backend.graph, tiling=self._tiling(run), check=self._check)
+        decoder = VAEDecoder(self.backend.graph, tiling=self._tiling(run), order=self._order(run), check=self._check)
         skip, left = run.request.drop_prefix, run.frames
         progress("decode", 0, run.frames)
         chunks = decoder.decode_stream(unscaled)
@@ -404,11 +427,41 @@ class Animator:
         if run.plan.budget is not None:
             self.backend.drop(*graphs)
 
+    def _order(self, run: Run) -> Order:
+        """On a device there is room for the state of one tile; the first frames then wait for the last tile."""
+        return "tiles" if self._device is not None and run.plan.tiled else "time"
+
     def _tiling(self, run: Run) -> Tiling | None:
+        if self._device is not None:
+            return self._device.tiling(run.plan)
         vae = self.bundle.manifest.vae
         if not run.plan.tiled:
             return None
         return Tiling.published(vae.sample_height, vae.sample_width, vae.spatial_compression)
+
+
+def _choose(bundle: Bundle, backend: str, threads: int | None) -> tuple[Backend, str]:
+    """The backend, and a notice where "auto" passes over a GPU."""
+    from .backends.onnxruntime import OnnxRuntimeBackend
+
+    if backend == "onnxruntime":
+        return OnnxRuntimeBackend(bundle, threads=threads), ""
+    from ..engines.machine import look_at_gpus, look_at_machine
+    from .backends.gpu import TensorRTBackend
+
+    found = look_at_gpus()
+    if backend == "auto" and not found[0]:
+        return OnnxRuntimeBackend(bundle, threads=threads), ""
+    try:
+        return TensorRTBackend.open(bundle, machine=look_at_machine(gpus=lambda: found)), ""
+    except EdgeError as error:
+        if backend == "tensorrt":
+            raise
+        why = str(error)
+    try:
+        return OnnxRuntimeBackend(bundle, threads=threads), f"Made on the processor, not on the GPU: {why}"
+    except DeviceError as error:
+        raise DeviceError(f"{error} On the GPU: {why}") from error
 
 
 def _unheard(stage: str, done: int, total: int) -> None:

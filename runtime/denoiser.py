@@ -8,21 +8,24 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
 import numpy as np
 
 from ..bundle.config import TransformerConfig
+from ..bundle.errors import DeviceError
 from ..bundle.store import Bundle
-from ..bundle.tensors import MappedTensors
-from .backends.base import Backend, Call
+from .backends.base import Backend, BlockWeights, Buffers, Call
+from .backends.host import HOST, BlockStore
 from .embeddings import timestep_sinusoid
 from .noise import NoiseSource
 from .rope import rope_table, split_halves, with_text_prefix
 from .scheduler import Schedule
 
-__all__ = ["OFS", "Denoiser", "Latents", "Loop", "MakeLoop", "Step", "Turn"]
+__all__ = ["OFS", "BlockStore", "Denoiser", "Latents", "Loop", "MakeLoop", "Step", "Turn"]
 
 OFS = 2.0  # the value that the published pipeline feeds to 1.5-style models
 MODULATION_ROWS = 15
@@ -42,43 +45,36 @@ class Latents:
     pose: np.ndarray
 
 
-@dataclass(frozen=True)
 class Step:
-    """State after one step. `latents` [1, F, C, H, W] float32 is the loop's own buffer: copy it to keep it."""
+    """State after one step, read when it is asked for: on a device that waits for the step to be done."""
 
-    index: int
-    timestep: int
-    latents: np.ndarray
-    prediction: np.ndarray
+    def __init__(self, index: int, timestep: int, loop: Loop):
+        self.index, self.timestep = index, timestep
+        self._buffers, self._latents, self._prediction = loop.buffers, loop.latents, loop.prediction
+
+    @cached_property
+    def latents(self) -> np.ndarray:
+        """[1, F, C, H, W] float32. On the host this is the loop's own buffer: copy it to keep it."""
+        return self._buffers.get(self._latents)
+
+    @cached_property
+    def prediction(self) -> np.ndarray:
+        """[B, F, C, H, W] float32, likewise."""
+        return self._buffers.get(self._prediction)
+
+    def replace(self, latents: np.ndarray) -> None:
+        """The next step, or what comes after the last, starts from these latents."""
+        self._buffers.put(self._latents, np.broadcast_to(np.asarray(latents, np.float32), self._latents.shape))
+        self.__dict__["latents"] = self._buffers.get(self._latents)
 
 
-class BlockStore:
-    """The blocks' weight files, mapped; at most `resident` of them keep their pages after use.
-
-    The loop passes over the blocks in a circle, where dropping the least recently used would drop every one: so the
-    first `resident` blocks stay and the others are streamed.
-    """
-
-    def __init__(self, bundle: Bundle, count: int):
-        self._files = [bundle.tensors(f"block_{i:02d}") for i in range(count)]
-        self.resident = count
-
-    def __getitem__(self, index: int) -> MappedTensors:
-        return self._files[index]
-
-    def __len__(self) -> int:
-        return len(self._files)
-
-    def ahead(self, index: int) -> None:
-        """Called before block `index` runs: asks for the next streamed block's pages."""
-        following = (index + 1) % len(self._files)
-        if following >= self.resident:
-            self._files[following].prefetch()
-
-    def done(self, index: int) -> None:
-        """Called after block `index` ran."""
-        if index >= self.resident:
-            self._files[index].release()
+@contextmanager
+def _at(place: str) -> Iterator[None]:
+    """A device's fault is told with where it happened."""
+    try:
+        yield
+    except DeviceError as error:
+        raise DeviceError(f"{place}: {error}") from error
 
 
 class Denoiser:
@@ -93,7 +89,8 @@ class Denoiser:
         self.config: TransformerConfig = bundle.manifest.transformer
         self._backend = backend
         self._bundle = bundle
-        self._blocks = BlockStore(bundle, self.config.num_layers)
+        self.buffers: Buffers = getattr(backend, "buffers", HOST)
+        self._blocks: BlockWeights = self.buffers.weights(bundle, self.config.num_layers)
         self._shared = bundle.tensors("denoiser")
         self.block_graphs = bundle.manifest.block_graphs  # the graph that runs each block
         self._tables: tuple[tuple[int, ...], np.ndarray, np.ndarray] | None = None
@@ -154,14 +151,19 @@ class Denoiser:
         `initial`: [1, F, C, H, W] float32 pure noise. `check` is called between blocks and may raise to cancel.
         `make_loop`: None for a loop that computes every step in full.
         """
-        blocks, head = self.modulation(schedule)
+        tables = self.modulation(schedule)
         with closing((make_loop or Loop)(self, latents, initial, grid)) as loop:
+            blocks, head = map(self.buffers.hold, tables)
             for index, (timestep, step) in enumerate(zip(schedule.timesteps, schedule.steps, strict=True)):
-                loop.run_blocks(blocks[index], check)
-                for _ in range(step.draws - 1):
-                    noise.skip(initial.shape)  # of two draws the published scheduler uses the second
-                loop.run_head(head[index], guidance, step.as_array(), noise.normal(initial.shape))
-                yield Step(index, int(timestep), loop.latents, loop.prediction)
+                with _at(f"Step {index + 1} of {len(schedule)}"):
+                    loop.run_blocks(blocks[index], check)
+                    for _ in range(step.draws - 1):
+                        noise.skip(initial.shape)  # of two draws the published scheduler uses the second
+                    loop.run_head(head[index], guidance, step.as_array(), noise.normal(initial.shape))
+                done = Step(index, int(timestep), loop)
+                if index + 1 == len(schedule):
+                    _ = done.latents  # the buffers are gone when the caller looks at the last step
+                yield done
 
     @property
     def resident_blocks(self) -> int:
@@ -177,39 +179,40 @@ class Loop:
     """Buffers and prepared calls of one request."""
 
     def __init__(self, denoiser: Denoiser, latents: Latents, initial: np.ndarray, grid: tuple[int, int, int]):
-        config, backend, shared = denoiser.config, denoiser._backend, denoiser._shared
-        self._blocks = denoiser._blocks
+        config, backend, buffers = denoiser.config, denoiser._backend, denoiser.buffers
+        self.buffers, self._blocks = buffers, denoiser._blocks
+        shared = {name: buffers.hold(array) for name, array in denoiser._shared.items()}
         batch, text_tokens, _ = latents.prompt_embeds.shape
-        conditions = backend.graph("conditioning")(
+        conditions = buffers.keep(
+            backend.graph("conditioning"),
             {
                 "prompt_embeds": latents.prompt_embeds,
                 "image_latents": latents.image,
                 "pose_latents": latents.pose,
                 **shared,
-            }
+            },
         )
         text, pose = conditions["text"], conditions["pose"]
-        cos, sin = denoiser.rope(grid, text_tokens)
+        cos, sin = map(buffers.hold, denoiser.rope(grid, text_tokens))
         tokens = pose.shape[1]
         rows, d = MODULATION_ROWS, config.width
         dtype = pose.dtype
 
         self._denoiser, self._backend, self._shared = denoiser, backend, shared
-        self.latents = initial.astype(np.float32)  # a copy: the loop writes here
-        self._next = np.empty_like(self.latents)
-        self._x0, self._x0_next = np.zeros_like(self.latents), np.empty_like(self.latents)
-        self._noise = np.zeros_like(self.latents)
-        self._coefficients = np.zeros(7, np.float32)
-        self.prediction = np.empty((batch, *self.latents.shape[1:]), np.float32)
-        self._row = np.empty((len(self._blocks), rows, d), np.float32)
-        self._head_row = np.empty((2, d), np.float32)
+        start = initial.astype(np.float32)  # a copy: the loop writes here
+        self.latents, self._x0 = buffers.hold(start), buffers.hold(np.zeros_like(start))
+        self._next, self._x0_next, self._noise = (buffers.empty(start.shape, np.float32) for _ in range(3))
+        self._coefficients = buffers.empty((7,), np.float32)
+        self.prediction = buffers.empty((batch, *start.shape[1:]), np.float32)
+        self._row = buffers.empty((len(self._blocks), rows, d), np.float32)
+        self._head_row = buffers.empty((2, d), np.float32)
 
-        stem_video = np.empty((1, tokens, d), dtype)
-        video = [np.empty((batch, tokens, d), dtype) for _ in range(2)]
-        texts = [np.empty_like(text) for _ in range(2)]
+        stem_video = buffers.empty((1, tokens, d), dtype)
+        video = [buffers.empty((batch, tokens, d), dtype) for _ in range(2)]
+        texts = [buffers.empty(text.shape, dtype) for _ in range(2)]
         self._stem_video, self._video, self._texts = stem_video, video, texts
         self._text, self._pose, self._rope = text, pose, (cos, sin)
-        self._poses: list[list[np.ndarray]] = []  # of each half
+        self._poses: list[list[Any]] = []  # of each half
         self._stem = backend.graph("stem").prepare(
             {"latents": self.latents, "image_tokens": conditions["image_tokens"], "video": stem_video, **shared}
         )
@@ -218,16 +221,20 @@ class Loop:
         self.lanes = min(batch, backend.lanes) if denoiser.side_by_side else 1
         self._pool = ThreadPoolExecutor(self.lanes - 1, "denoiser") if self.lanes > 1 else None
         self._halves: list[list[Call]] = []
+        self._blocks.open()
+        poses: list[Any] = []
         for h in range(batch):
             graphs = [backend.graph(name, h % self.lanes, self.lanes) for name in denoiser.block_graphs]
-            self._poses.append([np.empty_like(pose) for _ in range(2)])
+            if not poses or self.lanes > 1:  # halves that take turns write the same tokens
+                poses = [buffers.empty(pose.shape, dtype) for _ in range(2)]
+            self._poses.append(poses)
             self._halves.append([graph.prepare(self._block_arrays(h, i)) for i, graph in enumerate(graphs)])
         self._final = video[len(self._blocks) % 2]  # [B, N, D]: what the last block writes
         self._head = backend.graph("head").prepare(
             {**self._head_arrays(), "video": self._final, "prediction": self.prediction}
         )
 
-    def _block_arrays(self, h: int, i: int) -> dict[str, np.ndarray]:
+    def _block_arrays(self, h: int, i: int) -> dict[str, Any]:
         """What block `i` of half `h` reads and writes."""
         half, poses = slice(h, h + 1), self._poses[h]
         return {
@@ -243,7 +250,7 @@ class Loop:
             **self._blocks[i],
         }
 
-    def _head_arrays(self) -> dict[str, np.ndarray]:
+    def _head_arrays(self) -> dict[str, Any]:
         """What the head reads and writes, but for the tokens and the prediction."""
         return {
             "modulation": self._head_row,
@@ -262,8 +269,9 @@ class Loop:
         self._run(self._halves, check)
 
     def _run_stem(self, rows: np.ndarray) -> None:
-        np.copyto(self._row, rows)
-        self._stem()
+        self.buffers.put(self._row, rows)
+        with _at("stem"):
+            self._stem()
 
     def _run(self, halves: Sequence[Sequence[Turn]], check: Callable[[], None]) -> None:
         """A call per block of each of these guidance halves."""
@@ -275,10 +283,11 @@ class Loop:
     def _take_turns(self, halves: Sequence[Sequence[Turn]], check: Callable[[], None]) -> None:
         for i, calls in enumerate(zip(*halves, strict=True)):
             check()
-            self._blocks.ahead(i)
-            for call in calls:
-                call()
-            self._blocks.done(i)
+            with _at(f"block {i}"):
+                self._blocks.ahead(i)
+                for call in calls:
+                    call()
+                self._blocks.done(i)
 
     def _side_by_side(
         self, pool: ThreadPoolExecutor, halves: Sequence[Sequence[Turn]], check: Callable[[], None]
@@ -303,9 +312,11 @@ class Loop:
             other.result()
 
     def close(self) -> None:
-        """Ends the threads."""
+        """Ends the threads, and waits for what still runs on the buffers."""
         if self._pool is not None:
             self._pool.shutdown()
+        self.buffers.settle()
+        self._blocks.close()
 
     def run_head(self, row: np.ndarray, guidance: float, coefficients: np.ndarray, noise: np.ndarray) -> None:
         """Head, guidance and the scheduler's update; `self.latents` holds the result."""
@@ -314,13 +325,14 @@ class Loop:
     def _run_head(
         self, head: Call, row: np.ndarray, guidance: float, coefficients: np.ndarray, noise: np.ndarray
     ) -> None:
-        np.copyto(self._head_row, row)
-        self._coefficients[0] = guidance
-        self._coefficients[1:] = coefficients
-        np.copyto(self._noise, noise)
-        head()
-        np.copyto(self.latents, self._next)
-        np.copyto(self._x0, self._x0_next)
+        put = self.buffers.put
+        put(self._head_row, row)
+        put(self._coefficients, np.array([guidance, *coefficients], np.float32))
+        put(self._noise, noise)
+        with _at("head"):
+            head()
+        put(self.latents, self._next)
+        put(self._x0, self._x0_next)
 
 
 MakeLoop = Callable[[Denoiser, Latents, np.ndarray, tuple[int, int, int]], Loop]

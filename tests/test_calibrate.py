@@ -7,14 +7,19 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 
+from benchmarks.checkpoints import SPECS, transformer_config
+from benchmarks.int8_latency import kernels
+from dynamictrl_edge.bundle.config import TransformerConfig
 from dynamictrl_edge.bundle.errors import BundleError, DeviceError, InputError, UsageError
 from dynamictrl_edge.bundle.manifest import BLOCK_KINDS, graph_form, read_manifest
 from dynamictrl_edge.bundle.store import Bundle
 from dynamictrl_edge.calibration import calibrate as module
-from dynamictrl_edge.calibration.block_graph import LINEARS
+from dynamictrl_edge.calibration import conditioning
+from dynamictrl_edge.calibration.block_graph import CONDITIONING_LINEARS, LINEARS
 from dynamictrl_edge.calibration.calibrate import Options, calibrate
 from dynamictrl_edge.calibration.decide import Settings, snr
 from dynamictrl_edge.calibration.observe import Observations
@@ -315,3 +320,71 @@ def test_every_quantized_linear_runs_an_integer_kernel(quantized: Quantized, tmp
     kernels = [e["args"]["op_name"] for e in events if e["cat"] == "Node" and e["name"].endswith("_kernel_time")]
     assert kernels.count("MatMulIntegerToFloat") == 4
     assert not {"MatMul", "Gemm", "DequantizeLinear"} & set(kernels)
+
+
+# The conditioning
+
+
+def test_the_conditioning_becomes_int8_where_its_output_allows(quantized: Quantized, bundle15: Path) -> None:
+    made, facts = (
+        Bundle(quantized("int8")),
+        json.loads((quantized("int8") / "calibration/calibration.json").read_text()),
+    )
+    found = facts["conditioning"]
+    assert set(found["snr"]) == set(CONDITIONING_LINEARS)
+    assert found["linears"] == [name for name in CONDITIONING_LINEARS if found["snr"][name] >= conditioning.LEAST_SNR]
+    infos, source = made.tensors("denoiser").infos, Bundle(bundle15).tensors("denoiser").infos
+    for name in CONDITIONING_LINEARS:
+        assert infos[f"{name}_weight"].dtype == ("I8" if name in found["linears"] else "F32")
+    narrow = {f"{name}_weight" for name in found["linears"]}
+    assert narrow and {n: i.dtype for n, i in infos.items() if n in source and n not in narrow} == {
+        n: i.dtype for n, i in source.items() if n not in narrow
+    }
+    assert made.manifest.quantized_linears("conditioning") == ()  # weights alone
+
+
+def test_a_conditioning_that_suffers_stays_as_it_is(
+    bundle15: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(conditioning, "LEAST_SNR", 1e3)
+    made = calibrate(bundle15, tmp_path / "q", some_samples(1), quick(), threads=1)
+    assert made.conditioning.linears == ()
+    source, files = read_manifest(bundle15).files, read_manifest(tmp_path / "q").files
+    assert files["weights/denoiser.safetensors"] == source["weights/denoiser.safetensors"]
+    assert files["graphs/conditioning.onnx"] == source["graphs/conditioning.onnx"]
+    assert min(made.conditioning.snr.values()) > 20
+
+
+def test_onnx_runtime_multiplies_integers_in_every_linear(quantized: Quantized, bundle15: Path) -> None:
+    made, source = kernels(Bundle(quantized("int8"))), kernels(Bundle(bundle15))
+    assert (source["MatMul"], source.get("MatMulIntegerToFloat", 0)) == (4, 0)
+    assert (made.get("MatMul", 0), made["MatMulIntegerToFloat"], made["QuantizeLinear"]) == (0, 4, 4)
+
+
+# Bytes
+
+
+def loop_bytes(config: TransformerConfig, text_dim: int, vector: int) -> int:
+    """Bytes of the tensors that an int8 bundle's loop uses; `vector`: bytes of a number that is not quantized."""
+    d, e = config.width, config.time_embed_dim
+    patch = config.latent_channels * config.patch_size**2 * (config.patch_size_t or 1)
+    linears = 12 * d * d
+    biases, scales, norms = 9 * d, 14 * d, 4 * config.attention_head_dim
+    block = linears + vector * (biases + scales + norms)
+    narrow = (text_dim + 2 * patch) * d + vector * 3 * d  # text, image and pose, and the scales of their products
+    wide = 2 * patch * d + patch + 2 * d  # stem and head
+    ofs = 0 if config.ofs_embed_dim is None else config.ofs_embed_dim * e + e * e + 2 * e
+    times = d * e + e * e + 2 * e + (e + 1) * 2 * d + 2 * d  # timestep, final norm
+    return config.num_layers * block + narrow + vector * (wide + ofs + times + 2 * d)
+
+
+def test_int8_at_full_size_is_within_4_7_gib(quantized: Quantized) -> None:
+    made = Bundle(quantized("int8"))
+    config = made.manifest.transformer
+    names = [f"block_{i:02d}" for i in range(config.num_layers)]
+    tensors = [info for name in (*names, "denoiser") for info in made.tensors(name).infos.values()]
+    widths = {"F32": 4, "I8": 1}
+    found = sum(widths[info.dtype] * int(np.prod(info.shape)) for info in tensors)
+    assert found == loop_bytes(config, config.text_embed_dim, 4)
+    full = msgspec.convert(transformer_config(SPECS["full"]), TransformerConfig)
+    assert loop_bytes(full, full.text_embed_dim, 2) < 4.5 * 2**30

@@ -89,7 +89,7 @@ def test_engines_multiply_in_the_quantized_type(
     tmp_path: Path,
     capsys: Capture,
 ) -> None:
-    graphs = (*BLOCK_KINDS, "modulation", "text_block")
+    graphs = (*BLOCK_KINDS, "modulation", "conditioning", "text_block")
     bundle = some_graphs(quantized(scheme, precision), tmp_path / "bundle", graphs)
     options = [word for name in targets for word in ("--target", name)]
     assert run(["build", str(bundle), *options, "--tile", "64x48", "--json"]) == 0, capsys.readouterr().err

@@ -182,3 +182,29 @@ def test_a_machine_without_a_gpu_is_told_what_that_means(monkeypatch: pytest.Mon
     monkeypatch.setattr(shutil, "which", lambda name: None)
     found = findings(capsys)["NVIDIA GPU"]
     assert found["state"] == "info" and "processor" in found["found"]
+
+
+@pytest.mark.parametrize(
+    ("name", "capability", "words"), [("RTX 4090", (8, 9), "CUDA_ROOT"), ("Orin", (8, 7), "nvidia-jetpack")]
+)
+def test_pycuda_is_asked_for_where_there_is_a_gpu(
+    name: str, capability: tuple[int, int], words: str, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    from dynamictrl_edge.engines import machine
+
+    gpu = machine.Gpu(name, capability, "580.1", 8 << 30)
+    monkeypatch.setattr(machine, "look_at_gpus", lambda: ([gpu], ""))
+    without(monkeypatch, "pycuda")
+    found = findings(capsys)["pycuda"]
+    assert found["state"] == "missing" and words in found["mend"] and "pip install pycuda" in found["mend"]
+
+
+def test_a_pycuda_that_does_not_load_is_told(monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
+    from dynamictrl_edge.engines import machine
+
+    monkeypatch.setattr(machine, "look_at_gpus", lambda: ([machine.Gpu("RTX 4090", (8, 9), "580.1", 8 << 30)], ""))
+    real = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda n, p=None: real("json") if n == "pycuda" else real(n, p))
+    monkeypatch.setattr(doctor, "_unloadable", lambda module: "libcuda.so.1: not found" if "pycuda" in module else None)
+    found = findings(capsys)["pycuda"]
+    assert "libcuda.so.1" in found["found"] and "--force-reinstall" in found["mend"]

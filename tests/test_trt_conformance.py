@@ -51,6 +51,46 @@ def test_the_check_sees_the_builder_at_work(version: str) -> None:
     assert ("Builder.build_serialized_network_to_stream" in seen) == (version != OLD)
 
 
+RUNTIME = "runtime.backends.tensorrt"
+
+
+@pytest.mark.parametrize("version", ALL)
+def test_the_check_sees_the_runtime_at_work(version: str) -> None:
+    seen = uses({RUNTIME: program()[RUNTIME]}, version)
+    everywhere = {
+        "Runtime.deserialize_cuda_engine",
+        "ExecutionContextAllocationStrategy.USER_MANAGED",
+        "ICudaEngine.create_execution_context",
+        "ICudaEngine.device_memory_size_v2",
+        "IExecutionContext.set_input_shape",
+        "IExecutionContext.set_tensor_address",
+        "IExecutionContext.set_device_memory",
+        "IExecutionContext.execute_async_v3",
+    }
+    assert everywhere <= seen
+    assert ("ICudaEngine.create_runtime_config" in seen) == (version != OLD)
+    for name in ("IRuntimeConfig.set_runtime_cache", "IRuntimeCache.serialize"):
+        assert (name in seen) == (version == RTX)
+
+
+@pytest.mark.parametrize(
+    ("line", "lacking"),
+    [
+        ("engine.device_memory_size", (NEW, RTX, LEAN)),
+        ("engine.create_execution_context_without_device_memory()", (NEW, RTX, LEAN)),
+        ("engine.create_runtime_config()", (OLD,)),
+        ("engine.create_execution_context().is_stream_capturable(0)", tuple(v for v in ALL if v != RTX)),
+        ("engine.create_execution_context().execute_async_v2(0)", ALL),
+    ],
+)
+def test_a_call_planted_into_the_runtime_is_found(line: str, lacking: tuple[str, ...]) -> None:
+    source = program()[RUNTIME]
+    anchor = "        if engine is None:\n"
+    assert source.count(anchor) == 1
+    planted = {RUNTIME: source.replace(anchor, f"        {line}\n{anchor}")}
+    assert tuple(version for version in ALL if problems(planted, version)) == lacking
+
+
 # Calls planted into the real builder: (function, line put in front of its body, versions that lack it)
 OLD_ONLY_FLAGS = (NEW, RTX)
 PLANTED = [

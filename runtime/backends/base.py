@@ -1,21 +1,31 @@
-"""What the runtime asks of a backend: graphs by name, called with arrays or prepared once with everything bound."""
+"""What the runtime asks of a backend: graphs by name, called with arrays or prepared once with everything bound.
+
+Where a backend computes in memory of its own, a loop's arrays must live there too: its attribute `buffers` says how (`Buffers`).
+A backend without that attribute computes in the process's memory (`host.HOST`).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Protocol
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
 
+from ...bundle.config import Geometry
 from ...bundle.manifest import GraphSpec
+from ...bundle.store import Bundle
 
-__all__ = ["Backend", "Call", "Graph"]
+if TYPE_CHECKING:
+    from ..request import Request
+    from ..tiling import Tiling
+
+__all__ = ["Backend", "BlockWeights", "Buffers", "Call", "DeviceBackend", "Graph", "Plan"]
 
 
 class Call(Protocol):
     """A graph with all inputs and outputs bound to fixed buffers; running it allocates nothing and returns nothing."""
 
-    def bind(self, name: str, array: np.ndarray) -> None:
+    def bind(self, name: str, array: Any) -> None:
         """Points an input at another buffer of the same dtype (C-contiguous; kept alive by the call)."""
 
     def __call__(self) -> None: ...
@@ -26,10 +36,10 @@ class Graph(Protocol):
 
     spec: GraphSpec
 
-    def __call__(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    def __call__(self, feeds: Mapping[str, Any]) -> dict[str, np.ndarray]:
         """Runs with `feeds` by input name; returns outputs by name. Raises `DeviceError` naming the graph."""
 
-    def prepare(self, arrays: Mapping[str, np.ndarray]) -> Call:
+    def prepare(self, arrays: Mapping[str, Any]) -> Call:
         """Binds `arrays` to the inputs and outputs of these names."""
 
 
@@ -44,3 +54,83 @@ class Backend(Protocol):
 
     def drop(self, *names: str) -> None:
         """Frees graphs and their memory; `graph` loads them again."""
+
+
+class Plan(Protocol):
+    """What was decided about a request's memory, in bytes. `budget`: None: no limit. `tiled`: the VAE works in tiles."""
+
+    @property
+    def budget(self) -> int | None: ...
+    @property
+    def peak(self) -> int: ...
+    @property
+    def resident_blocks(self) -> int: ...
+    @property
+    def tiled(self) -> bool: ...
+
+
+@runtime_checkable
+class DeviceBackend(Backend, Protocol):
+    """A backend that computes in a memory of its own, and plans it."""
+
+    buffers: Buffers
+
+    def plan(self, size: Geometry, request: Request, memory: float | None) -> Any:
+        """A `Plan` for one clip. `memory`: budget in GB (1e9 bytes); None: what is free. Raises if it cannot be made."""
+
+    def begin(self, plan: Any) -> None:
+        """Makes everything ready for the request that was planned so."""
+
+    def tiling(self, plan: Any) -> Tiling | None:
+        """The VAE's tiles in this plan."""
+
+    def close(self) -> None:
+        """Gives the device back."""
+
+
+class BlockWeights(Protocol):
+    """The weights of all blocks, of which `resident` stay where they are used and the others come anew for every step."""
+
+    resident: int
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Mapping[str, Any]:
+        """The buffers of block `index` by name, to be bound; they hold its weights between `ahead` and `done`."""
+
+    def open(self) -> None:
+        """Takes the room that `resident` asks for. Raises `DeviceError` if there is none."""
+
+    def ahead(self, index: int) -> None:
+        """Called before block `index` runs."""
+
+    def done(self, index: int) -> None:
+        """Called after block `index` ran."""
+
+    def close(self) -> None:
+        """Gives the room back."""
+
+
+class Buffers(Protocol):
+    """Where the arrays of a loop live. A buffer has `shape` and `dtype`; `buffer[i]` and `buffer[a:b]` are views of it."""
+
+    def empty(self, shape: Sequence[int], dtype: np.dtype | type) -> Any:
+        """A new buffer, of whatever content. Raises `DeviceError` if there is no room."""
+
+    def hold(self, array: np.ndarray) -> Any:
+        """A buffer with the values of `array`; `array` itself where buffers are arrays."""
+
+    def put(self, buffer: Any, values: Any) -> None:
+        """Copies `values`, an array or a buffer, after what was called before; `values` may change once this has returned."""
+
+    def get(self, buffer: Any) -> np.ndarray:
+        """The values, once everything that was called before is done; the buffer itself where buffers are arrays."""
+
+    def keep(self, graph: Graph, feeds: Mapping[str, Any]) -> dict[str, Any]:
+        """Calls `graph` (feeds may be buffers); the outputs are buffers."""
+
+    def weights(self, bundle: Bundle, count: int) -> BlockWeights:
+        """The weights of the first `count` blocks."""
+
+    def settle(self) -> None:
+        """Waits until nothing uses any buffer. Raises nothing: it is also called after a fault."""

@@ -1,0 +1,211 @@
+"""The denoiser's weights on a GPU: some blocks stay, the others stream through a ring of slots while blocks before them compute.
+
+A copy goes from the mapped file into page-locked memory (by this thread) and from there into the slot (by the GPU, in a stream of
+its own). Events order the two streams: a block computes after its copy, and a slot is written after the block that used it.
+Blocks that stay are spread evenly between those that stream, so that each streamed one has as much time as can be had. Where the
+host has memory to spare, streamed blocks stay in page-locked memory, and this thread copies each of them only once.
+
+The thread of the loop waits in two places, never for the newest work: for a page-locked buffer whose copy began several blocks
+ago, and for the block `PACE` before this one, so that cancelling need not wait for a long queue.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ...bundle.tensors import MappedTensors
+from .arena import DeviceArray, Piece, aligned
+from .cuda import Event, Pinned
+
+if TYPE_CHECKING:
+    from .gpu import Gpu
+
+__all__ = ["PACE", "STAGED", "DeviceBlocks", "Layout", "spread"]
+
+STAGED = 3  # page-locked buffers of one block each
+PACE = 4  # blocks that may be enqueued beyond the one that computes
+KEPT_SHARE = 0.25  # of the host's memory may be locked for streamed blocks
+EARLY = 2  # blocks that stay are copied so many blocks before their first use
+
+
+def spread(count: int, streamed: int) -> tuple[int, ...]:
+    """`streamed` of `count` places, as evenly as possible, the last always among them."""
+    return tuple((k + 1) * count // streamed - 1 for k in range(streamed))
+
+
+class Layout:
+    """Where the tensors of a block lie in its slot, each at an aligned place."""
+
+    def __init__(self, tensors: Mapping[str, np.ndarray]):
+        self.places: dict[str, int] = {}
+        self.nbytes = 0
+        for name, array in tensors.items():
+            self.places[name] = self.nbytes
+            self.nbytes += aligned(array.nbytes)
+
+    def fill(self, target: np.ndarray, tensors: Mapping[str, np.ndarray]) -> None:
+        """Writes all tensors into [nbytes] uint8."""
+        for name, start in self.places.items():
+            raw = tensors[name].reshape(-1).view(np.uint8)
+            np.copyto(target[start : start + raw.nbytes], raw)
+
+
+class _Slot:
+    """Room for one block. `ready`: its copy is done; `free`: the block that used it is done."""
+
+    def __init__(self, piece: Piece, ready: Event, free: Event):
+        self.piece, self.ready, self.free = piece, ready, free
+
+
+class _Staging:
+    """Page-locked room for one block. `sent`: the last copy from it is done. `block`: whose weights are in it."""
+
+    def __init__(self, memory: Pinned, sent: Event):
+        self.memory, self.sent = memory, sent
+        self.block: int | None = None
+
+
+class _Weight(DeviceArray):
+    """A tensor of a block, wherever that block lies at the moment."""
+
+    def __init__(self, slots: Mapping[int, _Slot], block: int, array: np.ndarray, offset: int):
+        self._slots, self._block, self._offset = slots, block, offset
+        self.shape, self.dtype = array.shape, array.dtype
+
+    @property
+    def address(self) -> int:
+        return self._slots[self._block].piece.address + self._offset
+
+
+class DeviceBlocks:
+    """`base.BlockWeights` in the memory of a GPU."""
+
+    def __init__(self, gpu: Gpu, files: Sequence[MappedTensors]):
+        self._gpu, self._files = gpu, files
+        self._layouts = [Layout(file) for file in files]
+        self._bytes = max(layout.nbytes for layout in self._layouts)
+        self.resident = len(files)
+        self._slots: dict[int, _Slot] = {}  # where each block is; of a streamed one, where it was copied last
+        self._weights = [
+            {name: _Weight(self._slots, i, file[name], place) for name, place in layout.places.items()}
+            for i, (file, layout) in enumerate(zip(files, self._layouts, strict=True))
+        ]
+        self._streamed: tuple[int, ...] = ()
+        self._ring: list[_Slot] = []
+        self._events: list[tuple[Event, Event]] = []  # of all slots that ever were; they serve again
+        self._staging: list[_Staging] = []
+        self._kept: dict[int, _Staging] = {}  # of streamed blocks, if they have page-locked memory of their own
+        self._fences: list[Event] = []
+        self._loaded: set[int] = set()
+        self._copied = self._used = self._passed = self._turn = 0
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def __getitem__(self, index: int) -> Mapping[str, DeviceArray]:
+        return self._weights[index]
+
+    def open(self) -> None:
+        """Takes slots for `resident` blocks and for the ring, and page-locked memory; nothing is copied yet."""
+        self.close()
+        gpu, count = self._gpu, len(self._files)
+        self._streamed = spread(count, count - self.resident)
+        with gpu.device.calling("preparing the blocks' weights"):
+            slots = [self._slot(i) for i in range(count - len(self._streamed) + min(gpu.ring, len(self._streamed)))]
+            stay = sorted(set(range(count)) - set(self._streamed))
+            self._slots.update(zip(stay, slots, strict=False))
+            self._ring = slots[len(stay) :]
+            if not self._staging:
+                self._staging = [
+                    _Staging(gpu.device.pinned(self._bytes), gpu.device.event()) for _ in range(min(STAGED, count))
+                ]
+                self._fences = [gpu.device.event() for _ in range(PACE)]
+            self._keep(self._streamed if self._bytes * len(self._streamed) <= gpu.lockable else ())
+            # The arena's places may still be read by what was computed before.
+            gpu.fence.record(gpu.compute)
+            gpu.copying.wait_for(gpu.fence)
+
+    def _slot(self, number: int) -> _Slot:
+        if number == len(self._events):
+            self._events.append((self._gpu.device.event(), self._gpu.device.event()))
+        return _Slot(self._gpu.take(self._bytes, "a block's weights"), *self._events[number])
+
+    def _keep(self, blocks: Sequence[int]) -> None:
+        """Page-locked memory for these blocks, and for no others."""
+        for block in set(self._kept) - set(blocks):
+            self._kept.pop(block).memory.free()
+        for block in blocks:
+            if block not in self._kept:
+                device = self._gpu.device
+                self._kept[block] = _Staging(device.pinned(self._bytes), device.event())
+
+    def ahead(self, index: int) -> None:
+        """Enqueues the copies that there is room for, and lets the compute stream wait for that of block `index`."""
+        gpu = self._gpu
+        with gpu.device.calling(f"copying the weights of block {index}"):
+            self._fences[self._passed % PACE].wait()
+            self._load(index)
+            while self._ring and self._copied < self._used + len(self._ring):
+                block, slot = (
+                    self._streamed[self._copied % len(self._streamed)],
+                    self._ring[self._copied % len(self._ring)],
+                )
+                self._slots[block] = slot
+                self._copy(block, slot)
+                self._copied += 1
+            for early in range(index + 1, min(index + 1 + EARLY, len(self._files))):
+                self._load(early)
+            gpu.compute.wait_for(self._slots[index].ready)
+
+    def _load(self, block: int) -> None:
+        """Copies a block that stays, once."""
+        if block not in self._streamed and block not in self._loaded:
+            self._loaded.add(block)
+            self._copy(block, self._slots[block])
+
+    def _copy(self, block: int, slot: _Slot) -> None:
+        gpu, file, layout = self._gpu, self._files[block], self._layouts[block]
+        staging = self._kept.get(block)
+        if staging is None:
+            staging = self._staging[self._turn % len(self._staging)]
+            self._turn += 1
+        if staging.block != block:
+            staging.sent.wait()
+            layout.fill(staging.memory[: layout.nbytes], file)
+            staging.block = block
+            file.release()  # the pages go back; they stay in the system's file cache
+            if self._streamed:
+                self._files[self._streamed[(self._copied + 1) % len(self._streamed)]].prefetch()
+        gpu.copying.wait_for(slot.free)
+        gpu.copying.copy_in(slot.piece.address, staging.memory[: layout.nbytes])
+        staging.sent.record(gpu.copying)
+        slot.ready.record(gpu.copying)
+
+    def done(self, index: int) -> None:
+        """Marks the place in the compute stream behind block `index`."""
+        gpu = self._gpu
+        with gpu.device.calling(f"finishing block {index}"):
+            self._slots[index].free.record(gpu.compute)
+            self._fences[self._passed % PACE].record(gpu.compute)
+        self._passed += 1
+        if index in self._streamed:
+            self._used += 1
+
+    def close(self) -> None:
+        """Gives the slots back; the streams must have settled. Page-locked memory stays for the next request."""
+        self._slots.clear()
+        self._ring, self._streamed = [], ()
+        self._loaded.clear()
+        self._copied = self._used = 0
+
+    def free(self) -> None:
+        """Gives everything back; the caller has made the context current."""
+        self.close()
+        while self._staging:
+            self._staging.pop().memory.free()
+        self._keep(())
+        self._events.clear()
+        self._fences.clear()

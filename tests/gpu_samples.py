@@ -1,0 +1,72 @@
+"""What the tests of the GPU backend share: a bundle with fake engines, on a fake GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from dynamictrl_edge.bundle.store import Bundle
+from dynamictrl_edge.engines.engine_set import ClipSize
+from dynamictrl_edge.runtime import Animator
+from dynamictrl_edge.runtime.backends.gpu import NUMPY, TensorRTBackend
+from tests.cuda_fakes import FakeCuda
+from tests.trt_fake_runtime import FakeEngines, fake_machine, output_shapes
+
+__all__ = ["SIZES", "TINY", "Machinery", "machinery", "zeros"]
+
+SIZES = (ClipSize(height=96, width=160, frames=17),)  # of the engines
+TINY: dict[str, Any] = {
+    "image": np.zeros((32, 48, 3), np.uint8),
+    "pose": np.zeros((9, 32, 48, 3), np.uint8),
+    "prompt": "a person",
+    "steps": 2,
+    "guidance": 3.0,
+    "height": 32,
+    "width": 48,
+    "frames": 9,
+}
+
+
+@dataclass
+class Machinery:
+    """A backend on fakes, and the animator that uses it."""
+
+    cuda: FakeCuda
+    engines: FakeEngines
+    backend: TensorRTBackend
+    animator: Animator
+
+    def keep_blocks(self, patch: pytest.MonkeyPatch, resident: int, ring: int, *, lockable: int = 0) -> None:
+        """Plans keep so many blocks from now on; the others stream through so many slots, from page-locked memory of their own
+        if that is not more than `lockable` bytes."""
+        plan, self.backend._gpu.lockable = self.backend.plan, lockable
+
+        def fewer(*arguments: Any, **keywords: Any) -> Any:
+            return replace(plan(*arguments, **keywords), resident_blocks=resident, ring=ring)
+
+        patch.setattr(self.backend, "plan", fewer)
+
+
+def machinery(root: Path, version: str, patch: pytest.MonkeyPatch, **of_cuda: Any) -> Machinery:
+    """Opens the bundle `root`, which has an engine set of that version."""
+    cuda = FakeCuda(**of_cuda).install(patch)
+    engines = FakeEngines(version, root, cuda).install(patch)
+    backend = TensorRTBackend.open(Bundle(root), machine=fake_machine(version, cuda))
+    return Machinery(cuda, engines, backend, Animator(Bundle(root), backend, cache=False))
+
+
+def zeros(made: Machinery) -> None:
+    """Engines compute nothing, which is quicker."""
+    manifest = made.engines.manifest
+
+    def compute(graph: str, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        spec = manifest.graphs[graph]
+        shapes = output_shapes(manifest, graph, {port.name: feeds[port.name].shape for port in spec.inputs})
+        return {port.name: np.zeros(shapes[port.name], NUMPY[port.dtype]) for port in spec.outputs}
+
+    made.engines.compute = compute
