@@ -14,8 +14,8 @@ from ..engines.planner import PRESETS, MemoryPlan, ReuseMemory, plan
 from ..engines.profiles import default_size, parse_size
 from ..engines.targets import Capability
 from ..runtime.reuse.caches import cache_bytes
-from ..runtime.reuse.fit import needed_graphs
-from ..runtime.reuse.policy import POLICIES, ReusePolicy
+from ..runtime.reuse.fit import alternatives, needed_graphs
+from ..runtime.reuse.policy import ReusePolicy
 
 __all__ = ["memory_of", "memory_plans", "plan_facts", "show_plans"]
 
@@ -39,8 +39,9 @@ def memory_plans(
         raise UsageError(f"--memory {budget:g} is not possible: give gigabytes, more than 0.")
     facts = facts_of(manifest)
     wanted: list[ClipSize] = [parse_size(size) for size in sizes]
-    reuse = None if policy is None else memory_of(policy, manifest.transformer)
-    policies = tuple(memory_of(other, manifest.transformer) for other in POLICIES.values())
+    config = manifest.transformer
+    reuse = None if policy is None else memory_of(policy, config)
+    policies = () if policy is None else tuple(memory_of(other, config) for other in alternatives(policy, manifest))
     made = []
     for size in wanted or dict.fromkeys((default_size(manifest), *PRESETS)):
         try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import msgspec
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from dynamictrl_edge.bundle.config import geometry
 from dynamictrl_edge.bundle.errors import BundleError, DeviceError
 from dynamictrl_edge.bundle.manifest import BLOCK_KINDS, Quantization
-from dynamictrl_edge.runtime.memory import MemoryPlan, plan_memory
+from dynamictrl_edge.runtime.memory import MemoryPlan, block_activations, plan_memory
 from dynamictrl_edge.runtime.reuse.caches import Widths, allocate, cache_bytes, cache_layout
 from dynamictrl_edge.runtime.reuse.fit import check_graphs, needed_graphs, plan_with_caches
 from dynamictrl_edge.runtime.reuse.policy import POLICIES, ReusePolicy, parse_policy
@@ -35,8 +36,6 @@ def test_a_token_is_touched_where_and_when_something_is_drawn() -> None:
 
 
 def test_padding_frames_of_models_that_pair_latent_frames_count_with_their_token() -> None:
-    import msgspec
-
     size = geometry(msgspec.structs.replace(TRANSFORMER, patch_size_t=2), VAE, 32, 32, 9)
     assert (size.latent_frames, size.pose_frames, size.grid) == (4, 13, (2, 2, 2))
     pose = np.zeros((13, 32, 32, 3), np.uint8)
@@ -105,8 +104,6 @@ def test_a_share_of_the_active_tokens_are_those_that_changed_most(
 
 
 def test_the_change_of_a_token_is_that_of_its_patch() -> None:
-    import msgspec
-
     for patch_in_time in (None, 2):
         config = msgspec.structs.replace(TRANSFORMER, patch_size_t=patch_in_time)
         size = geometry(config, VAE, 32, 64, 9)
@@ -194,6 +191,16 @@ def test_caches_that_do_not_fit_are_refused_with_their_bytes_and_what_fits() -> 
     names = [name.split(" (")[0] for name in fitting.split(", ")]
     assert {"off", "trunk"} <= set(names)
     assert "tokens" not in names and "trunk-linear" not in names
+    assert "the same" not in names  # a bundle without the graphs that narrow caches
+    graphs = {**FULL.graphs, **dict.fromkeys(("cache_narrow", "cache_widen"), small_manifest({}).graphs["block"])}
+    exported = msgspec.structs.replace(FULL, graphs=graphs)
+    same = parse_policy("tokens,token_cache=int8")
+    assert same is not None
+    narrow = cache_bytes(same, FULL.transformer, size, guided=True, precision="fp32")
+    sessions = 4 * block_activations(FULL.transformer, size, fused=False)  # two graphs of a block for each half
+    limit = sessions + (narrow + bytes_needed) // 2
+    with pytest.raises(DeviceError, match=rf"the same with token_cache=int8 \({narrow / 1e9:.2f} GB\)\.$"):
+        plan_with_caches(room_for(limit), POLICIES["tokens"], exported, size, guided=True)
     # Where the clip alone does not fit, that is what is said.
     with pytest.raises(DeviceError, match=r"^It does not fit\.$"):
         plan_with_caches(room_for(-1), POLICIES["tokens"], FULL, size, guided=True)
@@ -212,8 +219,6 @@ def test_a_bundle_without_the_graphs_is_refused_with_what_it_lacks() -> None:
 
 
 def test_token_steps_must_take_the_weights_of_quantized_blocks() -> None:
-    import msgspec
-
     manifest = small_manifest({})
     graphs = dict.fromkeys(needed_graphs(POLICIES["combined"], guided=True), manifest.graphs["block"])
     manifest = msgspec.structs.replace(manifest, graphs=graphs)

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 
 from ...bundle.config import Geometry
 from ...bundle.errors import BundleError, DeviceError
 from ...bundle.manifest import Manifest, graph_form
-from ..memory import MemoryPlan, block_activations
+from ..memory import FLOAT, MemoryPlan, block_activations
 from .caches import cache_bytes
 from .policy import OFF, POLICIES, ReusePolicy
 
-__all__ = ["check_graphs", "needed_graphs", "plan_with_caches"]
+__all__ = ["alternatives", "check_graphs", "needed_graphs", "plan_with_caches"]
 
 
 def needed_graphs(policy: ReusePolicy, *, guided: bool) -> tuple[str, ...]:
@@ -58,6 +59,14 @@ def _share_weights(manifest: Manifest) -> bool:
     )
 
 
+def alternatives(policy: ReusePolicy, manifest: Manifest) -> tuple[ReusePolicy, ...]:
+    """What may fit where `policy` does not: those with a name, and itself with narrower caches."""
+    if not policy.reuses_tokens or policy.token_cache == "int8" or "cache_narrow" not in manifest.graphs:
+        return tuple(POLICIES.values())
+    same = dataclasses.replace(policy, name="the same with token_cache=int8", token_cache="int8")
+    return (*POLICIES.values(), same)
+
+
 def plan_with_caches(
     plan: Callable[[int], MemoryPlan], policy: ReusePolicy | None, manifest: Manifest, size: Geometry, *, guided: bool
 ) -> MemoryPlan:
@@ -74,15 +83,17 @@ def plan_with_caches(
 
     def whole(other: ReusePolicy) -> int:
         activations = block_activations(manifest.transformer, size, "block_cpu" in manifest.graphs)
-        mixtures = len(set(manifest.block_graphs))
-        return need(other) + _more_sessions(other, guided=guided) * mixtures * activations
+        blocks = _more_sessions(other, guided=guided) * len(set(manifest.block_graphs)) * activations
+        # Of either half, one session narrows and one widens; each has keys, or values, twice in float32.
+        maps = 4 * _lanes(other, guided=guided) if other.token_cache == "int8" and other.reuses_tokens else 0
+        return need(other) + blocks + maps * FLOAT * size.video_tokens * manifest.transformer.width
 
     try:
         return plan(whole(policy))
     except DeviceError as refused:
         plan(0)  # if this does not fit either, its own refusal tells more
         fitting = [f"{OFF} (none)"]
-        for other in POLICIES.values():
+        for other in alternatives(policy, manifest):
             try:
                 plan(whole(other))
             except DeviceError:
@@ -98,7 +109,9 @@ def _more_sessions(policy: ReusePolicy, *, guided: bool) -> int:
     """At most so many sessions of a block's graphs run beside those of a loop without reuse, for every mixture of quantized
     linears; each keeps its activations."""
     alone = policy.reuses_guidance and guided
-    lanes = 2 if guided and not alone else 1
-    # The graphs that narrow and widen caches need less than one of a block's.
-    kinds = 3 if policy.token_cache == "int8" else 2
-    return int(alone) + (kinds * lanes if policy.reuses_tokens else 0)
+    return int(alone) + (2 * _lanes(policy, guided=guided) if policy.reuses_tokens else 0)
+
+
+def _lanes(policy: ReusePolicy, *, guided: bool) -> int:
+    """Guidance halves that token steps compute."""
+    return 2 if guided and not policy.reuses_guidance else 1
