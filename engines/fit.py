@@ -64,7 +64,8 @@ def check_fit(engines: EngineSet, folder: Path, manifest: Manifest, machine: Mac
 def find_fitting(bundle_root: Path, manifest: Manifest, machine: Machine, request: Request) -> tuple[Path, EngineSet]:
     """The folder and description of a set under `bundle_root`/engines that fits.
 
-    Of several, the one that was made for the requested size, then one that needs least memory.
+    Of several, one of this very version (no version-compatible one), then the one that was made for the requested size, then one
+    that needs least memory.
 
     Raises:
         BundleError: none fits; the text gives the reason of the nearest one.
@@ -525,11 +526,11 @@ def _set_folders(bundle_root: Path) -> list[Path]:
     return [folder for folder in found if folder.is_dir() and not folder.name.startswith(".")]
 
 
-def _preference(engines: EngineSet, size: ClipSize) -> tuple[bool, bool, int]:
-    """Smallest for the set to take."""
+def _preference(engines: EngineSet, size: ClipSize) -> tuple[bool, bool, bool, int]:
+    """Smallest for the set to take. Version-compatible engines come last: the whole library needs the lean one for them."""
     sizes = engines.options.sizes
     memory = max(entry.activation_bytes for entry in engines.engines.values())
-    return sizes[:1] != (size,), size not in sizes, memory
+    return engines.options.version_compatible, sizes[:1] != (size,), size not in sizes, memory
 
 
 def _size(path: Path) -> int | None:

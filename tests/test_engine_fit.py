@@ -746,6 +746,14 @@ def test_the_set_made_for_the_clip_is_preferred(tmp_path: Path) -> None:
         assert find(first.of_request(size=size))[0] == wanted.folder
 
 
+def test_a_set_that_needs_no_lean_runtime_is_preferred(tmp_path: Path) -> None:
+    facts: dict[str, Any] = {"flavour": "tensorrt", "library_version": TENSORRT}
+    plain = made(tmp_path / "bundle", msgspec.structs.replace(OPTIONS, sizes=(LONG, SHORT)), **facts)
+    made(tmp_path / "bundle", msgspec.structs.replace(OPTIONS, version_compatible=True), **facts)
+    pair = plain.of_machine(flavours={"tensorrt": TENSORRT}, cuda={"tensorrt": 13})
+    assert find(pair.of_request(size=SHORT))[0] == plain.folder
+
+
 def test_without_engines_the_command_that_builds_them_is_told(tmp_path: Path) -> None:
     pair = made(tmp_path / "bundle")
     shutil.move(pair.folder, pair.folder.with_name(f".{pair.folder.name}.part"))  # a build that is not done
