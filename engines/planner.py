@@ -142,7 +142,8 @@ class MemoryPlan:
             else f"VAE tiles of {self.tile.rows}x{self.tile.columns} latents"
         )
         caches = f"; {self.caches / GB:.2f} GB of caches" if self.caches else ""
-        return f"{clip} needs {self.peak / GB:.2f} GB ({self.largest_stage.name}): {blocks}{halves}; {tile}{caches}.{self._streaming}"
+        needs = f"{self.peak / GB:.2f} GB ({self.largest_stage.name})"
+        return f"{clip} needs {needs}: {blocks}{halves}; {tile}{caches}.{self._streaming}"
 
     @property
     def hidden_up_to(self) -> float:

@@ -27,6 +27,7 @@ from dynamictrl_edge.runtime.backends import ring as ring_module
 from dynamictrl_edge.runtime.backends.gpu import SLACK, TensorRTBackend
 from dynamictrl_edge.runtime.backends.onnxruntime import OnnxRuntimeBackend
 from dynamictrl_edge.runtime.backends.ring import Layout
+from dynamictrl_edge.runtime.memory import MemoryPlan
 from tests.cli_samples import animate, refused, small_inputs
 from tests.conftest import Export
 from tests.cuda_fakes import FakeCuda, Hazard
@@ -39,11 +40,11 @@ TRT, RTX = "tensorrt-10.13.3.9", "tensorrt_rtx-1.7.1.116"
 CASE = "pipeline10_cfg3"
 
 
-def with_engines(bundle: Path, folder: Path, *versions: str) -> Path:
+def with_engines(bundle: Path, folder: Path, *versions: str, batch: int = 1) -> Path:
     root = folder / "bundle"
     shutil.copytree(bundle, root)
     for version in versions:
-        engine_set(root, version, sizes=SIZES)
+        engine_set(root, version, sizes=SIZES, batch=batch)
     return root
 
 
@@ -120,6 +121,22 @@ def test_streamed_weights_change_nothing(
     gpu.keep_blocks(monkeypatch, resident, ring, lockable=lockable)
     for _ in range(2):  # a warm animator, too
         assert_same(gpu.animator(**arguments(CASE)), reference)
+
+
+def test_halves_go_through_a_block_together_where_engines_and_memory_allow_it(
+    bundle10: Path, tmp_path: Path, reference: Clip, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = with_engines(bundle10, tmp_path, TRT, batch=2)
+    made = machinery(root, TRT, monkeypatch)
+    clip = made.animator(**arguments(CASE))
+    assert made.engines.runs.count("block") == 4 * 3  # steps and blocks
+    assert made.backend.peak <= made.backend._gpu.held
+    assert np.abs(clip.latents - reference.latents).max() < 1e-4  # two rows at once are rounded otherwise
+    alone = made.animator(**arguments("pipeline10_nocfg"))
+    assert_same(alone, on_processor(root, **arguments("pipeline10_nocfg")))
+    made.animator.close()
+    monkeypatch.setattr(MemoryPlan, "batch", 2)  # the processor, the same way
+    assert_same(clip, on_processor(root, **arguments(CASE)))
 
 
 def test_with_memory_to_spare_each_streamed_block_is_read_once(gpu: Machinery, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -274,7 +274,6 @@ class TensorRTBackend:
             budget=free if memory is None else int(memory * GB),
             steps=request.num_inference_steps,
             unified=self._device.unified,
-            batch=1,
             tile=tile,
         )
         made.check()
