@@ -152,6 +152,21 @@ def test_with_memory_to_spare_each_streamed_block_is_read_once(gpu: Machinery, m
         assert times <= len(read) <= times + (2 if lockable == 0 else 0)
 
 
+def test_a_system_that_locks_no_more_memory_is_no_obstacle(
+    gpu: Machinery, reference: Clip, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(name: str) -> Exception | None:
+        full = (
+            name == "pagelocked_empty" and gpu.cuda.calls.count(name) == 2 + 3 + 2
+        )  # chunks, staging, the second block
+        return gpu.cuda.error("cuMemHostAlloc failed: out of memory", "MemoryError") if full else None
+
+    gpu.keep_blocks(monkeypatch, 0, 2, lockable=1 << 30)
+    gpu.cuda.fail = fail
+    assert_same(gpu.animator(**arguments(CASE)), reference)
+    assert gpu.backend._gpu.lockable == 0 and gpu.cuda.calls.count("pagelocked_empty") == 7
+
+
 def test_on_unified_memory_nothing_is_locked_twice(
     root: Path, reference: Clip, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -636,6 +651,14 @@ def test_what_the_driver_says_at_the_start(text: str, words: str, root: Path, mo
     cuda.fail = lambda name: cuda.error(text, "RuntimeError") if name == "init" else None
     with pytest.raises(DeviceError, match=words):
         TensorRTBackend.open(Bundle(root), machine=fake_machine(TRT, cuda))
+
+
+def test_another_gpu_than_nvidia_smi_lists_first_is_told(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda = FakeCuda(capability=(8, 9)).install(monkeypatch)
+    machine = fake_machine(TRT, cuda)
+    cuda.capability = (7, 5)
+    with pytest.raises(DeviceError, match=r"Fake GPU \(SM75\).*CUDA_DEVICE_ORDER"):
+        TensorRTBackend.open(Bundle(root), machine=machine)
 
 
 # The command line

@@ -25,6 +25,7 @@ from ...engines.mend import ON_PROCESSOR
 from ...engines.mismatch import Request as Wanted
 from ...engines.planner import MemoryPlan, plan_with_engines
 from ...engines.profiles import default_size
+from ...engines.targets import capability_name
 from ..memory import physical_memory
 from ..request import Request
 from ..tiling import Tiling
@@ -216,7 +217,17 @@ class TensorRTBackend:
     lanes = 1  # a GPU gains nothing from a second graph beside one that fills it
 
     def __init__(self, bundle: Bundle, folder: Path, engines: EngineSet, machine: Machine, device: Device):
-        """`folder`, `engines`: the engine set to begin with, as `find_fitting` found it."""
+        """`folder`, `engines`: the engine set to begin with, as `find_fitting` found it.
+
+        Raises:
+            DeviceError: `device` is another GPU than the one that the machine was found to have, or TensorRT does not start.
+        """
+        if device.capability not in engines.capabilities:
+            raise DeviceError(
+                f"CUDA's first GPU is {device.name} ({capability_name(device.capability)}), for which the engine set "
+                f"{folder.name!r} was not built. With several GPUs, CUDA may count them otherwise than nvidia-smi: set "
+                "CUDA_DEVICE_ORDER=PCI_BUS_ID, and CUDA_VISIBLE_DEVICES to the number of the GPU to use."
+            )
         self._bundle, self._machine, self._device = bundle, machine, device
         self.folder, self.engines = folder, engines
         self._library = self._load_library()

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ...bundle.errors import DeviceError
 from ...bundle.tensors import MappedTensors
 from .arena import DeviceArray, Piece, aligned
 from .cuda import Event, Pinned
@@ -134,13 +135,17 @@ class DeviceBlocks:
         return _Slot(self._gpu.take(self._bytes, "a block's weights"), *self._events[number])
 
     def _keep(self, blocks: Sequence[int]) -> None:
-        """Page-locked memory for these blocks, and for no others."""
+        """Page-locked memory for these blocks, and for no others; none at all where the system does not give so much."""
         for block in set(self._kept) - set(blocks):
             self._kept.pop(block).memory.free()
-        for block in blocks:
-            if block not in self._kept:
-                device = self._gpu.device
-                self._kept[block] = _Staging(device.pinned(self._bytes), device.event())
+        device = self._gpu.device
+        try:
+            for block in blocks:
+                if block not in self._kept:
+                    self._kept[block] = _Staging(device.pinned(self._bytes), device.event())
+        except DeviceError:
+            self._gpu.lockable = 0
+            self._keep(())
 
     def ahead(self, index: int) -> None:
         """Enqueues the copies that there is room for, and lets the compute stream wait for that of block `index`."""
