@@ -10,7 +10,7 @@ from ..bundle.errors import UsageError
 from ..bundle.manifest import Manifest
 from ..engines.engine_set import ClipSize
 from ..engines.model_facts import facts_of
-from ..engines.planner import PRESETS, MemoryPlan, Reuse, plan
+from ..engines.planner import PRESETS, MemoryPlan, ReuseMemory, plan
 from ..engines.profiles import default_size, parse_size
 from ..engines.targets import Capability
 from ..runtime.reuse.caches import cache_bytes
@@ -61,9 +61,9 @@ def memory_plans(
     return made
 
 
-def memory_of(policy: ReusePolicy, config: TransformerConfig) -> Reuse:
+def memory_of(policy: ReusePolicy, config: TransformerConfig) -> ReuseMemory:
     """What a planner for GPUs asks about a policy."""
-    return Reuse(
+    return ReuseMemory(
         policy.name,
         lambda size, guided, precision: cache_bytes(policy, config, size, guided=guided, precision=precision),
         lambda guided: needed_graphs(policy, guided=guided),

@@ -11,14 +11,12 @@ in silently, which builds an engine for one shape), cancelling, and streaming th
 
 from __future__ import annotations
 
-import contextlib
-import gc
 import hashlib
 import importlib
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -26,6 +24,7 @@ from typing import Any, NamedTuple
 import msgspec
 
 from ..bundle.errors import BundleError, DeviceError, EdgeError, Interrupted
+from ..bundle.garbage import uncollected
 from .cause import cause_of
 from .profiles import Profile
 from .report import LayerReport, memory_of, parse_inspector_json, parse_log
@@ -101,21 +100,10 @@ def build_engine(job: EngineJob, progress: Progress, trt: ModuleType | None = No
     """
     if trt is None:
         trt = load_tensorrt(job.flavour)
-    with _no_collections():
+    # A collection while the compiler hands over a message can free an earlier compiler (one that an exception kept alive),
+    # whose end waits, for ever, for the lock that is held around messages.
+    with uncollected():
         return _build(trt, job, progress)
-
-
-@contextlib.contextmanager
-def _no_collections() -> Iterator[None]:
-    """A collection while the compiler hands over a message can free an earlier compiler (one that an exception kept alive),
-    whose end waits, for ever, for the lock that is held around messages."""
-    was = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was:
-            gc.enable()
 
 
 def _build(trt: ModuleType, job: EngineJob, progress: Progress) -> tuple[Product, LayerReport]:

@@ -28,7 +28,7 @@ from ..bundle.errors import DeviceError
 from ..bundle.manifest import Manifest
 from .engine_set import ClipSize, EngineSet
 from .model_facts import ModelFacts, facts_of, model_facts
-from .stages import ACTIVATIONS, Case, Item, Reuse, Stage, decode, denoise, encode, schedule, text
+from .stages import ACTIVATIONS, Case, Item, ReuseMemory, Stage, decode, denoise, encode, schedule, text
 from .targets import Capability
 from .vae_tiles import Tile
 
@@ -37,7 +37,7 @@ __all__ = [
     "RING",
     "MemoryPlan",
     "ModelFacts",
-    "Reuse",
+    "ReuseMemory",
     "facts_of",
     "model_facts",
     "pick_batch",
@@ -191,8 +191,8 @@ def plan(
     cached_prompt: bool = False,
     capability: Capability | None = None,
     unified: bool = False,
-    reuse: Reuse | None = None,
-    policies: tuple[Reuse, ...] = (),
+    reuse: ReuseMemory | None = None,
+    policies: tuple[ReuseMemory, ...] = (),
 ) -> MemoryPlan:
     """Plans a clip.
 
@@ -257,8 +257,8 @@ def plan_with_engines(
     unified: bool = False,
     batch: int | None = None,
     tile: tuple[int, int] | None = None,
-    reuse: Reuse | None = None,
-    policies: tuple[Reuse, ...] = (),
+    reuse: ReuseMemory | None = None,
+    policies: tuple[ReuseMemory, ...] = (),
 ) -> MemoryPlan:
     """Plans a clip with engines that exist: their own activation bytes, and their batch and tile where none is given (which must
     not be larger)."""

@@ -21,7 +21,7 @@ __all__ = [
     "PROCESS",
     "Case",
     "Item",
-    "Reuse",
+    "ReuseMemory",
     "Stage",
     "decode",
     "denoise",
@@ -64,7 +64,7 @@ class Stage:
 
 
 @dataclass(frozen=True)
-class Reuse:
+class ReuseMemory:
     """A policy of reuse between steps, as far as memory goes.
 
     caches: bytes of its buffers, for a size, whether there is guidance, and the precision of what is not quantized.
@@ -90,8 +90,8 @@ class Case:
     cached_prompt: bool
     capability: Capability | None
     unified: bool
-    reuse: Reuse | None = None
-    policies: tuple[Reuse, ...] = ()
+    reuse: ReuseMemory | None = None
+    policies: tuple[ReuseMemory, ...] = ()
 
     @cached_property
     def size(self) -> Geometry:

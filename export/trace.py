@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import gc
 import inspect
 import logging
 import warnings
@@ -16,6 +15,8 @@ import onnx
 import onnx_ir as ir
 import torch
 from onnxscript import optimizer
+
+from ..bundle.garbage import uncollected
 
 __all__ = ["IR_VERSION", "OPSET", "Port", "Signature", "exporting", "trace"]
 
@@ -50,19 +51,8 @@ def exporting() -> Iterator[None]:
     """Around everything that traces: no gradients, no notes to developers, and without two habits that cost most of the time
     of a small graph: garbage collections, over and over through a growing graph, and a table of translations made anew for
     every one."""
-    with _quiet(), _uncollected(), _same_translations(), torch.no_grad():
+    with _quiet(), uncollected(), _same_translations(), torch.no_grad():
         yield
-
-
-@contextlib.contextmanager
-def _uncollected() -> Iterator[None]:
-    was = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was:
-            gc.enable()
 
 
 @contextlib.contextmanager

@@ -219,52 +219,53 @@ class Loop:
         )
         # Each guidance half is a row of calls at batch 1. Side by side, each on its share of the cores, they need no
         # barrier between operators; one after the other they need the activations of one. Together they are one row.
-        rows_of = [slice(0, batch)] if denoiser.together else [slice(h, h + 1) for h in range(batch)]
-        self._spread = video[0] if len(rows_of) < batch else None  # where the stem's tokens go for every half
-        first_video = stem_video if self._spread is None else self._spread
+        self._rows_of = [slice(0, batch)] if denoiser.together else [slice(h, h + 1) for h in range(batch)]
+        self._spread = video[0] if len(self._rows_of) < batch else None  # where the stem's tokens go for every half
+        self._first_video = stem_video if self._spread is None else self._spread
         self.lanes = min(batch, backend.lanes) if denoiser.side_by_side else 1
         self._pool = ThreadPoolExecutor(self.lanes - 1, "denoiser") if self.lanes > 1 else None
         self._halves: list[list[Call]] = []
         self._blocks.open()
         poses: list[Any] = []
-        for h, half in enumerate(rows_of):
+        for h in range(len(self._rows_of)):
             graphs = [backend.graph(name, h % self.lanes, self.lanes) for name in denoiser.block_graphs]
             if not poses or self.lanes > 1:  # halves that take turns write the same tokens
                 poses = [buffers.empty(pose.shape, dtype) for _ in range(2)]
             self._poses.append(poses)
-            self._halves.append(
-                [
-                    graph.prepare(
-                        {
-                            "video": video[i % 2][half] if i else first_video,
-                            "text": (texts[i % 2] if i else text)[half],
-                            "pose": poses[i % 2] if i else pose,
-                            "modulation": self._row[i],
-                            "rope_cos": cos,
-                            "rope_sin": sin,
-                            "video_out": video[(i + 1) % 2][half],
-                            "text_out": texts[(i + 1) % 2][half],
-                            "pose_out": poses[(i + 1) % 2],
-                            **self._blocks[i],
-                        }
-                    )
-                    for i, graph in enumerate(graphs)
-                ]
-            )
+            self._halves.append([graph.prepare(self._block_arrays(h, i)) for i, graph in enumerate(graphs)])
+        self._final = video[len(self._blocks) % 2]  # [B, N, D]: what the last block writes
         self._head = backend.graph("head").prepare(
-            {
-                "video": video[len(self._blocks) % 2],
-                "modulation": self._head_row,
-                "latents": self.latents,
-                "x0_old": self._x0,
-                "noise": self._noise,
-                "coefficients": self._coefficients,
-                "latents_out": self._next,
-                "x0": self._x0_next,
-                "prediction": self.prediction,
-                **shared,
-            }
+            {**self._head_arrays(), "video": self._final, "prediction": self.prediction}
         )
+
+    def _block_arrays(self, h: int, i: int) -> dict[str, Any]:
+        """What block `i` of row `h` of calls reads and writes."""
+        half, poses = self._rows_of[h], self._poses[h]
+        return {
+            "video": self._video[i % 2][half] if i else self._first_video,
+            "text": (self._texts[i % 2] if i else self._text)[half],
+            "pose": poses[i % 2] if i else self._pose,
+            "modulation": self._row[i],
+            "rope_cos": self._rope[0],
+            "rope_sin": self._rope[1],
+            "video_out": self._video[(i + 1) % 2][half],
+            "text_out": self._texts[(i + 1) % 2][half],
+            "pose_out": poses[(i + 1) % 2],
+            **self._blocks[i],
+        }
+
+    def _head_arrays(self) -> dict[str, Any]:
+        """What the head reads and writes, but for the tokens and the prediction."""
+        return {
+            "modulation": self._head_row,
+            "latents": self.latents,
+            "x0_old": self._x0,
+            "noise": self._noise,
+            "coefficients": self._coefficients,
+            "latents_out": self._next,
+            "x0": self._x0_next,
+            **self._shared,
+        }
 
     def run_blocks(self, rows: np.ndarray, check: Callable[[], None]) -> None:
         """Stem and all blocks; `rows` [layers, 15, D]."""

@@ -24,7 +24,7 @@ from dynamictrl_edge.engines.model_facts import PRECISIONS
 from dynamictrl_edge.engines.planner import (
     PRESETS,
     MemoryPlan,
-    Reuse,
+    ReuseMemory,
     facts_of,
     model_facts,
     pick_batch,
@@ -507,7 +507,7 @@ def test_every_graph_can_be_estimated(exported: Export) -> None:
 # Reuse between steps
 
 
-def reuse_of(text: str) -> Reuse:
+def reuse_of(text: str) -> ReuseMemory:
     policy = parse_policy(text)
     assert policy is not None
     return memory_of(policy, TRANSFORMER)

@@ -20,6 +20,7 @@ from dynamictrl_edge.runtime.noise import NoiseSource
 from dynamictrl_edge.runtime.reuse.caches import Widths, cache_layout
 from dynamictrl_edge.runtime.reuse.loop import Reuse
 from dynamictrl_edge.runtime.reuse.policy import ReusePolicy, parse_policy
+from dynamictrl_edge.runtime.reuse.tokens import choose_tokens, token_changes
 from dynamictrl_edge.runtime.scheduler import Schedule, SchedulerConfig, advance, make_schedule
 from tests.conftest import Export, Quantized
 from tests.golden import max_abs
@@ -134,8 +135,12 @@ def test_an_adaptive_policy_that_tolerates_nothing_equals_the_full_loop(name: st
 # --- what does, held against a loop that keeps everything and is written without it
 
 
-def reference(model: Model, policy: ReusePolicy, steps: int, guided: bool) -> list[np.ndarray]:
-    """The latents after every step; buffers are new arrays, halves run one after the other, the update is numpy's."""
+def reference(
+    model: Model, policy: ReusePolicy, steps: int, guided: bool, chosen: list[np.ndarray] | None = None
+) -> list[np.ndarray]:
+    """The latents after every step; buffers are new arrays, halves run one after the other, the update is numpy's. `chosen`
+    gets the active tokens that were chosen by how much they changed."""
+    chosen = [] if chosen is None else chosen
     schedule = model.schedule(steps)
     table, heads = model.denoiser.modulation(schedule)
     reuse = Reuse.of(policy, model.size, schedule, table, guided=guided, touched=model.touched)
@@ -147,11 +152,11 @@ def reference(model: Model, policy: ReusePolicy, steps: int, guided: bool) -> li
     length, noise, halves = conditions["text"].shape[1], NoiseSource(5), range(2 if guided else 1)
     cos, sin = model.denoiser.rope(model.size.grid, length)
     active = np.arange(0) if reuse.active is None else reuse.active
-    others = np.setdiff1d(np.arange(model.size.video_tokens), active)
-    rows = np.concatenate([np.arange(length), active + length])
 
     def through(h: int, stem: np.ndarray, at: int, tokens: np.ndarray | None) -> tuple[np.ndarray, list[Arrays]]:
         """Tokens after all blocks, of all tokens or of the active ones, and what each block gave."""
+        others = np.setdiff1d(np.arange(model.size.video_tokens), active)
+        rows = np.concatenate([np.arange(length), active + length])
         take = slice(None) if tokens is None else tokens
         video, text, pose = stem[:, take], conditions["text"][h : h + 1], conditions["pose"][:, take]
         given = []
@@ -182,9 +187,14 @@ def reference(model: Model, policy: ReusePolicy, steps: int, guided: bool) -> li
     refreshed: dict[int, np.ndarray] = {}
     residuals: dict[int, list[tuple[float, np.ndarray]]] = {h: [] for h in halves}
     difference, age = np.zeros_like(x), 0
+    whole: list[np.ndarray] = []  # conditional predictions of all tokens
     for at, (step, plan) in enumerate(zip(schedule.steps, reuse.plan.steps, strict=True)):
         stem = graph("stem")({"latents": x, "image_tokens": conditions["image_tokens"], **shared})["video"]
         predictions = {}
+        if plan.keep and len(whole) > 1 and policy.token_changed > 0:
+            changes = token_changes(whole[-2], whole[-1], model.size)
+            active = choose_tokens(policy, model.touched, changes)
+            chosen.append(active)
         for h in halves if plan.both else halves[-1:]:
             if plan.trunk == "reused":
                 (time, tokens), *before = residuals[h]
@@ -207,6 +217,8 @@ def reference(model: Model, policy: ReusePolicy, steps: int, guided: bool) -> li
             feeds["coefficients"] = np.zeros(7, np.float32)
             predictions[h] = graph("head")({**feeds, **shared})["prediction"]
         positive = predictions[halves[-1]]
+        if plan.trunk == "full":
+            whole.append(positive[0])
         if plan.both:
             difference, age = positive - predictions[0], 0
         else:
@@ -235,6 +247,8 @@ SHORT = "warmup=1,final=1"
         f"tokens,{SHORT},token_choice=random,token_share=0.7,guidance_period=2",
         f"combined,{SHORT},trunk_order=1",
         f"combined,{SHORT},guidance_period=1,token_share=0.1",
+        "tokens,warmup=2,final=1,token_changed=0.5",
+        "combined,warmup=2,final=1,token_changed=1,token_share=0.3",
     ],
 )
 @pytest.mark.parametrize("guided", [True, False])
@@ -244,6 +258,17 @@ def test_reused_steps_are_those_of_a_plain_reference(text: str, guided: bool, mo
     assert set(kinds) != {"full"} or (not guided and not policy.reuses_trunk and not policy.reuses_tokens)
     for one, wanted in zip(got, reference(tiny, policy, 10, guided), strict=True):
         assert max_abs(one, wanted) < 1e-4
+
+
+def test_tokens_that_changed_are_chosen_at_every_refresh(model: Any) -> None:
+    tiny, policy = model("cogvideox15-tiny"), policy_of(f"tokens,{SHORT},token_changed=0.5,token_share=0.4")
+    chosen: list[np.ndarray] = []
+    reference(tiny, policy, 20, True, chosen)
+    first = choose_tokens(policy, tiny.touched)
+    assert len(chosen) >= 2 and all(len(one) == len(first) for one in chosen)
+    assert not np.array_equal(chosen[0], chosen[-1])  # they follow the clip
+    nearest = choose_tokens(policy_of(f"tokens,{SHORT},token_share=0.18"), tiny.touched)
+    assert all(np.isin(nearest, one).all() for one in chosen)
 
 
 @pytest.mark.parametrize(
@@ -321,6 +346,15 @@ def test_reused_steps_of_a_quantized_bundle_are_those_of_a_plain_reference(
     for one, wanted in zip(got, reference(tiny, policy, 10, True), strict=True):
         # What lies between two integers may fall on either side, and all steps after that differ; without, 120 dB are left.
         assert snr(wanted, one) > 30
+
+
+def test_a_quantized_bundle_keeps_caches_in_int8(quantized_model: Any) -> None:
+    """The same two graphs serve every mixture."""
+    tiny, text = quantized_model("int8", 3), f"tokens,{SHORT},token_share=0.3"
+    wide, kinds = tiny.run(policy_of(text), 8)
+    narrow, same = tiny.run(policy_of(f"{text},token_cache=int8"), 8)
+    assert kinds == same and "tokens" in kinds
+    assert 25 < snr(wide[-1], narrow[-1]) < 120
 
 
 def test_halves_in_turn_are_the_halves_side_by_side(model: Any) -> None:

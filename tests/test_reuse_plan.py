@@ -154,6 +154,7 @@ def test_a_policy_reads_as_a_name_with_changes() -> None:
         ("tokens,token_share=1.5", "token_share=1.5 is not possible: give a number from 0 to 1"),
         ("tokens,token_share=0", "token_share=0.0 is not possible: give a number above 0"),
         ("tokens,token_share=nan", "token_share=nan is not possible"),
+        ("tokens,token_changed=2", "token_changed=2.0 is not possible: give a number from 0 to 1"),
         ("tokens,token_cache=fp8", "token_cache='fp8' is not possible: give one of compute, int8"),
         ("tokens,token_choice=dark", "token_choice='dark' is not possible: give one of pose, even, random"),
         ("guidance,guidance_decay=2", "guidance_decay=2.0 is not possible"),

@@ -16,7 +16,7 @@ from dynamictrl_edge.runtime.memory import MemoryPlan, plan_memory
 from dynamictrl_edge.runtime.reuse.caches import Widths, allocate, cache_bytes, cache_layout
 from dynamictrl_edge.runtime.reuse.fit import check_graphs, needed_graphs, plan_with_caches
 from dynamictrl_edge.runtime.reuse.policy import POLICIES, ReusePolicy, parse_policy
-from dynamictrl_edge.runtime.reuse.tokens import active_count, choose_tokens, distances, drawn_tokens
+from dynamictrl_edge.runtime.reuse.tokens import active_count, choose_tokens, distances, drawn_tokens, token_changes
 from tests.bundle_samples import TRANSFORMER, VAE, small_manifest
 from tests.test_memory import BLOCK, FULL
 
@@ -76,6 +76,50 @@ def test_every_choice_has_the_same_number_of_tokens(grid: tuple, share: float, c
         assert not len(others) or away[active].max() <= away[others].min()
 
 
+@settings(max_examples=50)
+@given(
+    grid=st.tuples(st.integers(1, 4), st.integers(1, 6), st.integers(1, 6)),
+    share=st.floats(0.01, 1),
+    changed=st.floats(0, 1),
+    choice=st.sampled_from(["pose", "even", "random"]),
+    seed=st.integers(0, 9),
+)
+def test_a_share_of_the_active_tokens_are_those_that_changed_most(
+    grid: tuple, share: float, changed: float, choice: str, seed: int
+) -> None:
+    policy = ReusePolicy(token_period=2, token_share=share, token_choice=choice, token_changed=changed)
+    random = np.random.default_rng(seed)
+    touched, changes = random.random(grid) > 0.8, random.random(grid).reshape(-1).astype(np.float32)
+    count = active_count(policy, touched.size)
+    active = choose_tokens(policy, touched, changes)
+    assert len(active) == count and np.all(np.diff(active) > 0)
+    moved = round(changed * count)
+    without = choose_tokens(policy, touched)
+    assert len(np.intersect1d(active, without)) >= count - moved
+    others = np.setdiff1d(np.arange(touched.size), active)
+    if moved and len(others):
+        # What is not active changed no more than any of those that were chosen for it.
+        assert np.sort(changes[active])[-moved:].min() >= changes[others].max()
+    if changed == 0:
+        assert np.array_equal(active, without)
+
+
+def test_the_change_of_a_token_is_that_of_its_patch() -> None:
+    import msgspec
+
+    for patch_in_time in (None, 2):
+        config = msgspec.structs.replace(TRANSFORMER, patch_size_t=patch_in_time)
+        size = geometry(config, VAE, 32, 64, 9)
+        shape = (size.latent_frames, config.latent_channels, size.latent_height, size.latent_width)
+        before = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
+        now = before.copy()
+        now[-1, 1, -1, -2] += 2
+        now[0, :, 0, 2] -= 1
+        changes = token_changes(before, now, size).reshape(size.grid)
+        assert np.allclose(changes[-1, -1, -1], 4) and np.allclose(changes[0, 0, 1], config.latent_channels)
+        assert np.count_nonzero(changes) == 2
+
+
 def test_without_a_skeleton_the_active_tokens_lie_spread() -> None:
     nothing = np.zeros((4, 6, 6), bool)
     policy = ReusePolicy(token_period=2, token_share=0.25)
@@ -88,7 +132,9 @@ def test_without_a_skeleton_the_active_tokens_lie_spread() -> None:
 SIZES = {"1360x768x37": (768, 1360, 37), "1024x576x37": (576, 1024, 37)}
 
 
-@pytest.mark.parametrize("name", [*POLICIES, "tokens,token_cache=int8", "combined,token_cache=int8"])
+@pytest.mark.parametrize(
+    "name", [*POLICIES, "tokens,token_cache=int8", "combined,token_cache=int8", "tokens,token_changed=0.5"]
+)
 @pytest.mark.parametrize("guided", [True, False])
 @pytest.mark.parametrize(("precision", "compute"), [("fp32", np.float32), ("fp16", np.float16)])
 def test_bytes_are_those_of_what_is_allocated(name: str, guided: bool, precision: str, compute: type) -> None:

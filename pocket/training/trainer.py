@@ -136,7 +136,7 @@ class Trainer:
         return self.progress.share(self.steps, self.hours)
 
     def run(self, parts: Callable[[], Sequence[Part]], every: Mapping[int, Callable[[], None]], log: int = 50) -> None:
-        """Steps until the budget is spent. `parts()` gives equal shares of a step's batch, each of which computes named
+        """Steps until the budget is spent, once. `parts()` gives equal shares of a step's batch, each of which computes named
         terms, "loss" being the one that is minimised; random numbers are drawn before.
 
         One part has all the threads. Several are computed side by side with one thread each: small matrices keep two
@@ -144,6 +144,12 @@ class Trainer:
 
         `every`: step interval -> what is done then, with the averaged weights in place.
         """
+        try:
+            self._steps(parts, every, log)
+        finally:
+            self._pool.shutdown()
+
+    def _steps(self, parts: Callable[[], Sequence[Part]], every: Mapping[int, Callable[[], None]], log: int) -> None:
         kept = time.monotonic()
         while not self.done:
             began = time.monotonic()

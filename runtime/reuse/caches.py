@@ -54,6 +54,9 @@ def cache_layout(policy: ReusePolicy, config: TransformerConfig, size: Geometry,
     if policy.reuses_guidance and guided:
         shape = (size.latent_frames, config.latent_channels, size.latent_height, size.latent_width)
         buffers["conditional"] = Buffer((1, *shape), "float")
+    if policy.follows_changes:
+        shape = (size.latent_frames, config.latent_channels, size.latent_height, size.latent_width)
+        buffers["whole"] = Buffer(shape, "float")
     if policy.reuses_trunk:
         buffers["residuals"] = Buffer((halves, 1 + policy.trunk_order, 1, n, d), "stream")
     if policy.adaptive:

@@ -1,7 +1,8 @@
 """The denoising loop with reuse between steps: what a step's plan says becomes rows of prepared calls.
 
 Calls are prepared when they are first needed, over buffers that are allocated before the loop. A step that runs one guidance
-half gives it all cores. Nothing is read back from the device, except one number per step by adaptive policies.
+half gives it all cores. Nothing is read back from the device, except one number per step by adaptive policies, and one
+prediction per step in which all tokens ran by policies that follow changes.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ...bundle.config import Geometry, TransformerConfig
 from ...bundle.manifest import graph_form
@@ -21,7 +23,7 @@ from .guidance import KeptDifference
 from .plan import Decider, Plan, StepPlan, flop_fraction, make_plan, table_changes
 from .policy import ReusePolicy
 from .report import ReuseReport
-from .tokens import Tokens, Touched, choose_tokens
+from .tokens import Tokens, Touched, choose_tokens, token_changes
 from .trunk import TrunkState, step_times
 
 __all__ = ["Reuse", "ReuseLoop"]
@@ -34,8 +36,8 @@ class Reuse:
     """What a loop with reuse is made from.
 
     plan: None for adaptive policies, which are decided during the loop. times: of every step (`trunk.step_times`).
-    active: the active tokens, rising; None where the policy reuses none. guided: both guidance halves are computed.
-    done: filled with what every step did.
+    active: the active tokens, rising, as long as no changes are known; None where the policy reuses none. touched: what they
+    are chosen from. guided: both guidance halves are computed. done: filled with what every step did.
     """
 
     policy: ReusePolicy
@@ -43,6 +45,7 @@ class Reuse:
     times: list[float]
     plan: Plan | None
     active: Tokens | None
+    touched: Touched | None
     guided: bool
     done: list[StepPlan] = field(default_factory=list)
 
@@ -70,7 +73,7 @@ class Reuse:
             if touched is None:
                 raise ValueError("token reuse needs the tokens that the pose touches")
             active = choose_tokens(policy, touched)
-        return cls(policy, size, step_times(schedule), plan, active, guided)
+        return cls(policy, size, step_times(schedule), plan, active, touched, guided)
 
     def report(self, config: TransformerConfig, precision: str) -> ReuseReport:
         """What the loop did, once it has ended."""
@@ -110,12 +113,13 @@ class ReuseLoop(Loop):
         self._trunks = [TrunkState(of_half) for of_half in self._buffers.get("residuals", ())]
         self._decider = Decider(policy, len(reuse.times), guided=guided)
         self._both_prediction = self.prediction
-        self._final = self._video[len(self._blocks) % 2]  # [B, N, D]: what the last block writes
+        self._changes: NDArray[np.float32] | None = None  # [N]: of predictions
+        self._whole_steps = 0
         if reuse.active is not None:
             self._place_tokens(reuse.active)
 
     def _place_tokens(self, active: Tokens) -> None:
-        """Everything of the active tokens that is the same in all steps."""
+        """Everything of the active tokens that is the same in all steps until others are chosen; their number stays."""
         buffers, text = self._buffers, self._text.shape[1]
         np.copyto(buffers["active"], active)
         others = np.setdiff1d(np.arange(self._pose.shape[1]), active)
@@ -134,6 +138,8 @@ class ReuseLoop(Loop):
         self._reuse.done.append(step)
         time = self._reuse.times[len(self._reuse.done) - 1]
         halves = self._computed(step)
+        if step.keep and self._changes is not None and self._reuse.touched is not None:
+            self._place_tokens(choose_tokens(self._reuse.policy, self._reuse.touched, self._changes))
         if step.trunk == "reused":
             for h in halves:
                 self._weights[h] = self._trunks[h].weights(time)
@@ -164,6 +170,16 @@ class ReuseLoop(Loop):
             self.prediction = self._buffers["conditional"]
             head = self._head_reuse(composed)
         self._run_head(head, row, guidance, coefficients, noise)
+        if step.trunk == "full" and self._reuse.policy.follows_changes:
+            self._look_at_changes()
+
+    def _look_at_changes(self) -> None:
+        """Every token's prediction was computed in this step: how far it is from the last such step's."""
+        whole, now = self._buffers["whole"], self.prediction[-1]
+        if self._whole_steps:
+            self._changes = token_changes(whole, now, self._reuse.size)
+        np.copyto(whole, now)
+        self._whole_steps += 1
 
     def _next_step(self) -> StepPlan:
         plan = self._reuse.plan
@@ -250,18 +266,6 @@ class ReuseLoop(Loop):
             },
         )
 
-    def _head_arrays(self) -> dict[str, np.ndarray]:
-        return {
-            "modulation": self._head_row,
-            "latents": self.latents,
-            "x0_old": self._x0,
-            "noise": self._noise,
-            "coefficients": self._coefficients,
-            "latents_out": self._next,
-            "x0": self._x0_next,
-            **self._shared,
-        }
-
     def _head_on(self, composed: bool) -> Call:
         return self._call(
             "head",
@@ -302,11 +306,11 @@ class ReuseLoop(Loop):
     def _row_of(self, graph: str, h: int, lane: int, lanes: int) -> list[Turn]:
         if graph == "tokens_keep" and self._caching(h) < 0:
             graph = "block"
-        arrays = self._active_arrays if graph == "tokens_reuse" else self._all_arrays
+        arrays = self._active_arrays if graph == "tokens_reuse" else self._block_arrays
         row: list[Turn] = []
         for i, name in enumerate(self._denoiser.block_graphs):
             block = self._backend.graph(graph_form(graph, name), lane, lanes)
-            call = block.prepare({**arrays(h, i), **self._cache_arrays(graph, h, i), **self._blocks[i]})
+            call = block.prepare({**arrays(h, i), **self._cache_arrays(graph, h, i)})
             row.append(self._with_narrow_caches(graph, call, h, i, lane, lanes))
         return row
 
@@ -328,37 +332,18 @@ class ReuseLoop(Loop):
             return {name: buffers[f"wide_{name}"][place] for name in ("keys", "values")}
         return {name: buffers[name][place, i] for name in ("keys", "values")}
 
-    def _all_arrays(self, h: int, i: int) -> dict[str, np.ndarray]:
-        half, poses = self._half(h), self._poses[h]
-        return {
-            "video": self._video[i % 2][half] if i else self._stem_video,
-            "pose": poses[i % 2] if i else self._pose,
-            "rope_cos": self._rope[0],
-            "rope_sin": self._rope[1],
-            "video_out": self._video[(i + 1) % 2][half],
-            "pose_out": poses[(i + 1) % 2],
-            **self._text_arrays(h, i),
-        }
-
     def _active_arrays(self, h: int, i: int) -> dict[str, np.ndarray]:
+        """What block `i` of half `h` reads and writes where only the active tokens run."""
         buffers, place = self._buffers, self._caching(h)
         video, poses = buffers["active_video"][place], buffers["active_poses"][place]
         return {
+            **self._block_arrays(h, i),
             "video": video[i % 2] if i else buffers["active_stem"],
             "pose": poses[i % 2] if i else buffers["active_pose"],
             "rope_cos": buffers["active_rope"][0],
             "rope_sin": buffers["active_rope"][1],
             "video_out": video[(i + 1) % 2],
             "pose_out": poses[(i + 1) % 2],
-            **self._text_arrays(h, i),
-        }
-
-    def _text_arrays(self, h: int, i: int) -> dict[str, np.ndarray]:
-        half = self._half(h)
-        return {
-            "text": (self._texts[i % 2] if i else self._text)[half],
-            "modulation": self._row[i],
-            "text_out": self._texts[(i + 1) % 2][half],
         }
 
     def _cache_arrays(self, graph: str, h: int, i: int) -> dict[str, np.ndarray]:

@@ -38,6 +38,9 @@ class ReusePolicy:
     token_share: the share of the video tokens that is active.
     token_choice: "pose": those nearest to the drawn skeleton; "even": spread evenly; "random": by lot. The last two are
         for comparison.
+    token_changed: this share of the active tokens are, instead, those of the others whose prediction changed most between the
+        last two steps in which all tokens ran. They are chosen anew in every step that keeps keys and values, for which the
+        conditional prediction is read back after every step in which all tokens ran.
     token_cache: how keys and values are kept: "compute": in the format of the matrix products; "int8": rounded, with a scale
         per head and block.
 
@@ -58,6 +61,7 @@ class ReusePolicy:
     token_period: int = 1
     token_share: float = 0.5
     token_choice: str = "pose"
+    token_changed: float = 0.0
     token_cache: str = "compute"
 
     def __post_init__(self) -> None:
@@ -69,6 +73,7 @@ class ReusePolicy:
         self._number("guidance_decay", 0.0, 1.0)
         self._number("trunk_threshold", 0.0, 100.0)
         self._number("token_share", 0.0, 1.0)
+        self._number("token_changed", 0.0, 1.0)
         self._one_of("trunk_change", CHANGES)
         self._one_of("token_choice", CHOICES)
         self._one_of("token_cache", CACHES)
@@ -112,6 +117,11 @@ class ReusePolicy:
     @property
     def reuses_tokens(self) -> bool:
         return self.token_period > 1
+
+    @property
+    def follows_changes(self) -> bool:
+        """Whether active tokens are chosen during the loop."""
+        return self.reuses_tokens and self.token_changed > 0
 
     @property
     def adaptive(self) -> bool:

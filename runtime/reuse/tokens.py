@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from ...bundle.config import Geometry
 from .policy import ReusePolicy
 
-__all__ = ["Tokens", "Touched", "active_count", "choose_tokens", "distances", "drawn_tokens"]
+__all__ = ["Tokens", "Touched", "active_count", "choose_tokens", "distances", "drawn_tokens", "token_changes"]
 
 BLACK = 16  # of 255: what compression leaves of black is below
 REACH_IN_TIME = 1  # token times before and after one whose skeleton counts for it: the person is on the way
@@ -60,12 +60,26 @@ def distances(touched: Touched) -> NDArray[np.float64]:
     return result.reshape(-1)
 
 
-def choose_tokens(policy: ReusePolicy, touched: Touched) -> Tokens:
-    """The active tokens, [A] rising; `active_count` of them. Of equally near ones, those that lie spread are taken."""
+def token_changes(before: NDArray[np.float32], now: NDArray[np.float32], size: Geometry) -> NDArray[np.float32]:
+    """How far the prediction of every token moved, [N]: squares summed over its patch. Predictions: [F, C, H, W]."""
+    times, rows, columns = size.grid
+    moved = np.square(now - before).sum(axis=1)  # [F, H, W]
+    patches = moved.reshape(times, -1, rows, size.latent_height // rows, columns, size.latent_width // columns)
+    return patches.sum(axis=(1, 3, 5)).reshape(-1)
+
+
+def choose_tokens(policy: ReusePolicy, touched: Touched, changes: NDArray[np.float32] | None = None) -> Tokens:
+    """The active tokens, [A] rising; `active_count` of them. Of equally near ones, those that lie spread are taken.
+
+    changes: of every token's prediction (`token_changes`), for policies that follow them; None: not known yet.
+    """
     count, tokens = active_count(policy, touched.size), touched.size
     if policy.token_choice == "random":
         order = np.random.default_rng(SEED).permutation(tokens)
     else:
         spread = np.arange(tokens) * GOLDEN % 1.0  # multiples of the golden section fill an interval evenly
         order = np.lexsort((spread, distances(touched))) if policy.token_choice == "pose" else np.argsort(spread)
+    if changes is not None:
+        rest = order[count - round(policy.token_changed * count) :]  # a view
+        rest[:] = rest[np.argsort(-changes[rest], kind="stable")]
     return np.sort(order[:count]).astype(np.int64)
