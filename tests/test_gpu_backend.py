@@ -533,6 +533,29 @@ def test_cancelling_ends_the_request_and_the_next_one_works(gpu: Machinery, refe
     assert_same(gpu.animator(**arguments(CASE)), reference)
 
 
+def test_ctrl_c_in_the_middle_of_a_block_leaves_a_clean_state(gpu: Machinery, reference: Clip) -> None:
+    compute = gpu.engines.compute
+
+    def interrupted(graph: str, feeds: Any) -> Any:
+        if gpu.engines.runs.count("block") == 5:
+            raise KeyboardInterrupt
+        return compute(graph, feeds)
+
+    gpu.engines.compute = interrupted
+    with pytest.raises(KeyboardInterrupt):
+        gpu.animator(**arguments(CASE))
+    assert gpu.cuda.stack == ["the host application's"]
+    gpu.engines.compute = compute
+    assert_same(gpu.animator(**arguments(CASE)), reference)
+
+
+def test_a_stream_that_is_left_early_is_no_obstacle(gpu: Machinery, reference: Clip) -> None:
+    frames = gpu.animator.stream(**arguments(CASE, num_frames=17))
+    assert len(next(frames)) == 9
+    frames.close()  # type: ignore[attr-defined]
+    assert_same(gpu.animator(**arguments(CASE)), reference)
+
+
 def test_reuse_is_refused_by_name(gpu: Machinery) -> None:
     with pytest.raises((UsageError, BundleError), match="--reuse guidance"):
         gpu.animator(**arguments(CASE, reuse="guidance"))
