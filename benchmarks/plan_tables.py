@@ -127,7 +127,6 @@ planner then chooses, as far as the budget goes:
 - how many of the denoiser's **blocks stay** between steps. The others stream from the host through {RING} slots (2 where memory
   is short) while the blocks before them compute;
 - whether both **guidance halves** go through a block together, which takes twice the activations, so only once all blocks stay.
-  The runtime lets them take turns in any case so far; for it, build with `--batch 1`.
 
 **No GPU has run any of this yet.** Activations are estimated by formulas that were fitted to what the TensorRT-RTX builder
 reports (below); weights and buffers are counted; {CONTEXT / 1e6:.0f} MB are an allowance for the CUDA context and libraries. If

@@ -85,7 +85,11 @@ class SeedList(click.ParamType):
     help="Use parts of earlier steps again, faster and less exact: off, guidance, trunk, trunk-linear, table, adaptive, "
     "tokens or combined; with settings: trunk,trunk_period=3 (docs/reuse.md).",
 )
-@click.option("--memory", type=float, help="Budget in GB. [default: no limit]")
+@click.option(
+    "--memory",
+    type=float,
+    help="Budget in GB, of main memory or the GPU's. [default: no limit; on a GPU, what is free]",
+)
 @click.option("--backend", type=click.Choice(["auto", "onnxruntime", "tensorrt"]), default="auto", show_default=True)
 @click.option("--threads", type=int, help="Processor cores to use. [default: all]")
 @click.option("--no-cache", is_flag=True, help="Do not keep prompt embeddings on disk.")

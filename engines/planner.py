@@ -28,7 +28,7 @@ from ..bundle.errors import DeviceError
 from ..bundle.manifest import Manifest
 from .engine_set import ClipSize, EngineSet
 from .model_facts import ModelFacts, facts_of, model_facts
-from .stages import ACTIVATIONS, Case, ReuseMemory, Stage, decode, denoise, encode, schedule, text
+from .stages import ACTIVATIONS, Case, Item, ReuseMemory, Stage, decode, denoise, encode, schedule, text
 from .targets import Capability
 from .vae_tiles import Tile
 
@@ -67,7 +67,8 @@ class MemoryPlan:
     `budget`: bytes; None: no limit. `batch`: guidance halves that go through a block together. `ring`: slots for the blocks that
     are not resident. `smallest_budget`: the least with which some plan fits. `block_bytes`, `block_flop`: what has to be copied for
     one streamed block, and computed meanwhile. `advice`: if it does not fit, what else could be changed, each a clause for a
-    person. `reuse`: name of the policy of reuse between steps; `caches`: its bytes, in the denoising stage.
+    person. `reuse`: name of the policy of reuse between steps; `caches`: its bytes, in the denoising stage. `kept`: bytes of
+    blocks that lie in memory in every stage (`keeping_blocks`).
     """
 
     size: ClipSize
@@ -86,6 +87,7 @@ class MemoryPlan:
     advice: tuple[str, ...] = field(default=())
     reuse: str | None = None
     caches: int = 0
+    kept: int = 0
 
     @property
     def largest_stage(self) -> Stage:
@@ -98,8 +100,18 @@ class MemoryPlan:
 
     @property
     def arena(self) -> int:
-        """Bytes that the runtime gives out itself, at the worst moment; alignment is not counted."""
-        return max(stage.arena for stage in self.stages)
+        """Bytes that the runtime gives out itself beside what is `kept`, at the worst moment; alignment is not counted."""
+        return max(stage.arena for stage in self.stages) - self.kept
+
+    def keeping_blocks(self) -> MemoryPlan:
+        """This plan with all blocks in memory in every stage, so that the next clip finds them there; this one if the budget does
+        not allow it, or if blocks stream."""
+        blocks = Item("resident blocks", self.layers * self.block_bytes)
+        stages = tuple(
+            stage if stage.name == "denoise" else replace(stage, items=(*stage.items, blocks)) for stage in self.stages
+        )
+        made = replace(self, stages=stages, kept=blocks.bytes)
+        return made if self.ring == 0 and made.fits else self
 
     def activations(self, stage: str) -> int:
         """Bytes that the engines of a stage share."""
@@ -142,8 +154,8 @@ class MemoryPlan:
             else f"VAE tiles of {self.tile.rows}x{self.tile.columns} latents"
         )
         caches = f"; {self.caches / GB:.2f} GB of caches" if self.caches else ""
-        need = f"{self.peak / GB:.2f} GB ({self.largest_stage.name})"
-        return f"{clip} needs {need}: {blocks}{halves}; {tile}{caches}.{self._streaming}"
+        needs = f"{self.peak / GB:.2f} GB ({self.largest_stage.name})"
+        return f"{clip} needs {needs}: {blocks}{halves}; {tile}{caches}.{self._streaming}"
 
     @property
     def hidden_up_to(self) -> float:

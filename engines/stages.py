@@ -169,8 +169,10 @@ def decode(case: Case, tile: Tile) -> Stage:
         needs = [case.activation("vae_decoder_first_even", **area)]
     if more:
         needs.append(case.activation("vae_decoder_next", **area))
-    longest = max(first, DECODER_CHUNK if more else 0)
-    pixels = COLOURS * facts.vae.spatial_compression**2 * facts.vae.temporal_compression_ratio * longest
+    longest, ratio = max(first, DECODER_CHUNK if more else 0), facts.vae.temporal_compression_ratio
+    # With an odd count, the first latent frame stands for one frame.
+    frames = max(ratio * first - (ratio - 1) * (first % 2), ratio * DECODER_CHUNK if more else 0)
+    pixels = COLOURS * facts.vae.spatial_compression**2 * frames
     chunk = pixels + facts.vae.latent_channels * longest
     waiting = _host_clip(case) * (1 if tile.whole else 2)  # tiles, and the frames that they are blended into
     return _stage(

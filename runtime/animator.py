@@ -372,6 +372,7 @@ class Animator:
             self._denoiser = Denoiser(self.bundle, self.backend)
         self._denoiser.resident_blocks = run.plan.resident_blocks
         self._denoiser.side_by_side = run.plan.budget is None
+        self._denoiser.together = run.plan.batch == 2
         reuse = self._reuse(run, self._denoiser, schedule)
         progress("denoise", 0, len(schedule))
         steps = self._denoiser.denoise(

@@ -83,9 +83,10 @@ class Denoiser:
     def __init__(self, bundle: Bundle, backend: Backend):
         """Maps the weights; nothing is read yet.
 
-        `side_by_side`: whether guidance halves may run at once where the backend gains from it.
+        `side_by_side`: whether guidance halves may run at once where the backend gains from it. `together`: whether they go
+        through a block as one batch.
         """
-        self.side_by_side = True
+        self.side_by_side, self.together = True, False
         self.config: TransformerConfig = bundle.manifest.transformer
         self._backend = backend
         self._bundle = bundle
@@ -217,13 +218,16 @@ class Loop:
             {"latents": self.latents, "image_tokens": conditions["image_tokens"], "video": stem_video, **shared}
         )
         # Each guidance half is a row of calls at batch 1. Side by side, each on its share of the cores, they need no
-        # barrier between operators; one after the other they need the activations of one.
+        # barrier between operators; one after the other they need the activations of one. Together they are one row.
+        self._rows_of = [slice(0, batch)] if denoiser.together else [slice(h, h + 1) for h in range(batch)]
+        self._spread = video[0] if len(self._rows_of) < batch else None  # where the stem's tokens go for every half
+        self._first_video = stem_video if self._spread is None else self._spread
         self.lanes = min(batch, backend.lanes) if denoiser.side_by_side else 1
         self._pool = ThreadPoolExecutor(self.lanes - 1, "denoiser") if self.lanes > 1 else None
         self._halves: list[list[Call]] = []
         self._blocks.open()
         poses: list[Any] = []
-        for h in range(batch):
+        for h in range(len(self._rows_of)):
             graphs = [backend.graph(name, h % self.lanes, self.lanes) for name in denoiser.block_graphs]
             if not poses or self.lanes > 1:  # halves that take turns write the same tokens
                 poses = [buffers.empty(pose.shape, dtype) for _ in range(2)]
@@ -235,10 +239,10 @@ class Loop:
         )
 
     def _block_arrays(self, h: int, i: int) -> dict[str, Any]:
-        """What block `i` of half `h` reads and writes."""
-        half, poses = slice(h, h + 1), self._poses[h]
+        """What block `i` of row `h` of calls reads and writes."""
+        half, poses = self._rows_of[h], self._poses[h]
         return {
-            "video": self._video[i % 2][half] if i else self._stem_video,
+            "video": self._video[i % 2][half] if i else self._first_video,
             "text": (self._texts[i % 2] if i else self._text)[half],
             "pose": poses[i % 2] if i else self._pose,
             "modulation": self._row[i],
@@ -272,6 +276,9 @@ class Loop:
         self.buffers.put(self._row, rows)
         with _at("stem"):
             self._stem()
+        if self._spread is not None:
+            for h in range(self._spread.shape[0]):
+                self.buffers.put(self._spread[h : h + 1], self._stem_video)
 
     def _run(self, halves: Sequence[Sequence[Turn]], check: Callable[[], None]) -> None:
         """A call per block of each of these guidance halves."""

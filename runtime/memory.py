@@ -37,6 +37,11 @@ class MemoryPlan:
     def peak(self) -> int:
         return max(self.stages.values())
 
+    @property
+    def batch(self) -> int:
+        """Guidance halves that go through a block as one batch: a processor gains more from halves side by side."""
+        return 1
+
 
 def plan_memory(
     manifest: Manifest,

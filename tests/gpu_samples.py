@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from dynamictrl_edge.bundle.store import Bundle
+from dynamictrl_edge.engines import planner
 from dynamictrl_edge.engines.engine_set import ClipSize
 from dynamictrl_edge.runtime import Animator
 from dynamictrl_edge.runtime.backends.gpu import NUMPY, TensorRTBackend
@@ -45,6 +46,7 @@ class Machinery:
         """Plans keep so many blocks from now on; the others stream through so many slots, from page-locked memory of their own
         if that is not more than `lockable` bytes."""
         plan, self.backend._gpu.lockable = self.backend.plan, lockable
+        patch.setattr(planner.MemoryPlan, "keeping_blocks", lambda made: made)
 
         def fewer(*arguments: Any, **keywords: Any) -> Any:
             return replace(plan(*arguments, **keywords), resident_blocks=resident, ring=ring)

@@ -82,12 +82,13 @@ def engine_set(
     sizes: tuple[ClipSize, ...],
     tile: tuple[int, int] = (64, 64),
     steps: int = 30,
+    batch: int = 1,
 ) -> Path:
     """Writes BUNDLE/engines/KEY; its engines are for SM89."""
     manifest = Bundle(root).manifest
     graphs, number, flavour = buildable_graphs(manifest), version.partition("-")[2], _flavour(version)
     options = BuildOptions(
-        sizes=sizes, tile=tile, steps=steps, batch=1, version_compatible=version.startswith("tensorrt_lean")
+        sizes=sizes, tile=tile, steps=steps, batch=batch, version_compatible=version.startswith("tensorrt_lean")
     )
     axes = axes_of(manifest, options)
     platform = ANYWHERE if flavour == "rtx" else "linux-x86_64"

@@ -57,12 +57,15 @@ class Backend(Protocol):
 
 
 class Plan(Protocol):
-    """What was decided about a request's memory, in bytes. `budget`: None: no limit. `tiled`: the VAE works in tiles."""
+    """What was decided about a request's memory, in bytes. `budget`: None: no limit. `batch`: guidance halves that go through a
+    block as one. `tiled`: the VAE works in tiles."""
 
     @property
     def budget(self) -> int | None: ...
     @property
     def peak(self) -> int: ...
+    @property
+    def batch(self) -> int: ...
     @property
     def resident_blocks(self) -> int: ...
     @property

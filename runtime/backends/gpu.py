@@ -25,6 +25,7 @@ from ...engines.mend import ON_PROCESSOR
 from ...engines.mismatch import Request as Wanted
 from ...engines.planner import MemoryPlan, plan_with_engines
 from ...engines.profiles import default_size
+from ...engines.targets import capability_name
 from ..memory import physical_memory
 from ..request import Request
 from ..tiling import Tiling
@@ -71,12 +72,16 @@ class Gpu:
         # Bytes of host memory that may be locked for streamed blocks. None where it is the GPU's: that would be a second copy.
         self.lockable = 0 if device.unified else int(KEPT_SHARE * (physical_memory() or 0))
         self.arena: Arena | None = None
+        self.kept: Arena | None = None  # for blocks that stay from one request to the next
         self._memory: Allocation | None = None
+        self._kept_memory: Allocation | None = None
         self._staging: list[tuple[Pinned, Event]] = []
         self._turn = 0
 
-    def begin(self, nbytes: int, ring: int) -> None:
+    def begin(self, nbytes: int, ring: int, *, kept: int = 0) -> None:
         """Makes the arena ready for a request: all of it is free, whatever became of earlier requests.
+
+        `kept`: bytes for blocks that stay; what is in them stays too, as long as requests ask for the same.
 
         Raises:
             DeviceError: the GPU has not so much; the text says how much there is.
@@ -87,23 +92,31 @@ class Gpu:
                 stream.synchronize()
             if not self._staging:
                 self._staging = [(self.device.pinned(CHUNK), self.device.event()) for _ in range(2)]
-            if self._memory is None or self._memory.nbytes < nbytes:
+            if kept != (0 if self._kept_memory is None else self._kept_memory.nbytes):
                 self._release()
-                free = self.device.free_memory()
-                if free < nbytes:
-                    raise DeviceError(
-                        f"The clip needs {nbytes / GB:.2f} GB of GPU memory at once; {self.device.name} has "
-                        f"{free / GB:.2f} GB free of {self.device.total / GB:.2f} GB. End what else uses it, or give "
-                        f"--memory {max(free / GB, 0.01):.2f} or less."
-                    )
+            if self._memory is None or self._memory.nbytes < nbytes:
+                self._release_arena()
+                self._check_free(nbytes + (kept if self._kept_memory is None else 0))
                 self._memory = self.device.allocate(nbytes)
+            if kept and self._kept_memory is None:
+                self._kept_memory = self.device.allocate(kept)
+                self.kept = Arena(self._kept_memory.address, kept)
             # A new one, so that pieces which an error's traceback still holds on to do not count.
             self.arena = Arena(self._memory.address, self._memory.nbytes)
 
+    def _check_free(self, nbytes: int) -> None:
+        free = self.device.free_memory()
+        if free < nbytes:
+            raise DeviceError(
+                f"The clip needs {nbytes / GB:.2f} GB of GPU memory at once; {self.device.name} has "
+                f"{free / GB:.2f} GB free of {self.device.total / GB:.2f} GB. End what else uses it, or give "
+                f"--memory {max(free / GB, 0.01):.2f} or less."
+            )
+
     @property
     def held(self) -> int:
-        """Bytes of the arena."""
-        return 0 if self._memory is None else self._memory.nbytes
+        """Bytes that are taken from the driver."""
+        return sum(memory.nbytes for memory in (self._memory, self._kept_memory) if memory is not None)
 
     def take(self, nbytes: int, what: str) -> Piece:
         if self.arena is None:
@@ -152,6 +165,13 @@ class Gpu:
                 stream.synchronize()
 
     def _release(self) -> None:
+        self._release_arena()
+        self.kept = None
+        if self._kept_memory is not None:
+            memory, self._kept_memory = self._kept_memory, None
+            memory.free()
+
+    def _release_arena(self) -> None:
         self.arena = None
         if self._memory is not None:
             memory, self._memory = self._memory, None
@@ -216,7 +236,17 @@ class TensorRTBackend:
     lanes = 1  # a GPU gains nothing from a second graph beside one that fills it
 
     def __init__(self, bundle: Bundle, folder: Path, engines: EngineSet, machine: Machine, device: Device):
-        """`folder`, `engines`: the engine set to begin with, as `find_fitting` found it."""
+        """`folder`, `engines`: the engine set to begin with, as `find_fitting` found it.
+
+        Raises:
+            DeviceError: `device` is another GPU than the one that the machine was found to have, or TensorRT does not start.
+        """
+        if device.capability not in engines.capabilities:
+            raise DeviceError(
+                f"CUDA's first GPU is {device.name} ({capability_name(device.capability)}), for which the engine set "
+                f"{folder.name!r} was not built. With several GPUs, CUDA may count them otherwise than nvidia-smi: set "
+                "CUDA_DEVICE_ORDER=PCI_BUS_ID, and CUDA_VISIBLE_DEVICES to the number of the GPU to use."
+            )
         self._bundle, self._machine, self._device = bundle, machine, device
         self.folder, self.engines = folder, engines
         self._library = self._load_library()
@@ -274,11 +304,10 @@ class TensorRTBackend:
             budget=free if memory is None else int(memory * GB),
             steps=request.num_inference_steps,
             unified=self._device.unified,
-            batch=1,
             tile=tile,
         )
         made.check()
-        return made
+        return made.keeping_blocks()
 
     def _use(self, folder: Path, engines: EngineSet) -> None:
         """Changes to another engine set; the one in use stays if it is that."""
@@ -330,13 +359,16 @@ class TensorRTBackend:
         self._work, self._stage, self._plan = None, "", plan
         held = sum(entry.weights_bytes for entry in self.engines.engines.values())
         self._roomy = plan.budget is None or plan.peak + held <= plan.budget
-        slots = plan.resident_blocks + plan.ring
-        self._gpu.begin(plan.arena + SLACK + slots * OF_BLOCK, plan.ring)
+        of_slots = (plan.resident_blocks + plan.ring) * OF_BLOCK
+        if plan.kept:
+            self._gpu.begin(plan.arena + SLACK, plan.ring, kept=plan.kept + of_slots)
+        else:
+            self._gpu.begin(plan.arena + SLACK + of_slots, plan.ring)
 
     @property
     def peak(self) -> int:
-        """Bytes of the arena that the last request used."""
-        return 0 if self._gpu.arena is None else self._gpu.arena.peak
+        """Bytes of the arena, and of the blocks that are kept, that the last request used."""
+        return sum(arena.peak for arena in (self._gpu.arena, self._gpu.kept) if arena is not None)
 
     # --- graphs ---
 

@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ...bundle.errors import DeviceError
 from ...bundle.tensors import MappedTensors
-from .arena import DeviceArray, Piece, aligned
+from .arena import Arena, DeviceArray, Piece, aligned
 from .cuda import Event, Pinned
 
 if TYPE_CHECKING:
@@ -100,6 +101,7 @@ class DeviceBlocks:
         self._kept: dict[int, _Staging] = {}  # of streamed blocks, if they have page-locked memory of their own
         self._fences: list[Event] = []
         self._loaded: set[int] = set()
+        self._home: Arena | None = None  # where the slots are
         self._copied = self._used = self._passed = self._turn = 0
 
     def __len__(self) -> int:
@@ -109,10 +111,17 @@ class DeviceBlocks:
         return self._weights[index]
 
     def open(self) -> None:
-        """Takes slots for `resident` blocks and for the ring, and page-locked memory; nothing is copied yet."""
-        self.close()
+        """Takes slots for `resident` blocks and for the ring, and page-locked memory; nothing is copied yet.
+
+        If all blocks are kept and lie where they lay in the last request, they are there.
+        """
         gpu, count = self._gpu, len(self._files)
         self._streamed = spread(count, count - self.resident)
+        home = gpu.kept if gpu.kept is not None and not self._streamed else gpu.arena
+        if self._home is not None and self._home is home:
+            return
+        self._forget()
+        self._home = home
         with gpu.device.calling("preparing the blocks' weights"):
             slots = [self._slot(i) for i in range(count - len(self._streamed) + min(gpu.ring, len(self._streamed)))]
             stay = sorted(set(range(count)) - set(self._streamed))
@@ -131,16 +140,22 @@ class DeviceBlocks:
     def _slot(self, number: int) -> _Slot:
         if number == len(self._events):
             self._events.append((self._gpu.device.event(), self._gpu.device.event()))
-        return _Slot(self._gpu.take(self._bytes, "a block's weights"), *self._events[number])
+        if self._home is None:
+            raise RuntimeError("a request must begin before anything runs")
+        return _Slot(self._home.take(self._bytes, "a block's weights"), *self._events[number])
 
     def _keep(self, blocks: Sequence[int]) -> None:
-        """Page-locked memory for these blocks, and for no others."""
+        """Page-locked memory for these blocks, and for no others; none at all where the system does not give so much."""
         for block in set(self._kept) - set(blocks):
             self._kept.pop(block).memory.free()
-        for block in blocks:
-            if block not in self._kept:
-                device = self._gpu.device
-                self._kept[block] = _Staging(device.pinned(self._bytes), device.event())
+        device = self._gpu.device
+        try:
+            for block in blocks:
+                if block not in self._kept:
+                    self._kept[block] = _Staging(device.pinned(self._bytes), device.event())
+        except DeviceError:
+            self._gpu.lockable = 0
+            self._keep(())
 
     def ahead(self, index: int) -> None:
         """Enqueues the copies that there is room for, and lets the compute stream wait for that of block `index`."""
@@ -163,8 +178,8 @@ class DeviceBlocks:
     def _load(self, block: int) -> None:
         """Copies a block that stays, once."""
         if block not in self._streamed and block not in self._loaded:
-            self._loaded.add(block)
             self._copy(block, self._slots[block])
+            self._loaded.add(block)
 
     def _copy(self, block: int, slot: _Slot) -> None:
         gpu, file, layout = self._gpu, self._files[block], self._layouts[block]
@@ -195,15 +210,20 @@ class DeviceBlocks:
             self._used += 1
 
     def close(self) -> None:
-        """Gives the slots back; the streams must have settled. Page-locked memory stays for the next request."""
+        """Gives the slots back, but those that are kept; the streams must have settled. Page-locked memory stays for the next
+        request."""
+        if self._home is None or self._home is not self._gpu.kept:
+            self._forget()
+
+    def _forget(self) -> None:
         self._slots.clear()
-        self._ring, self._streamed = [], ()
+        self._ring, self._home = [], None
         self._loaded.clear()
         self._copied = self._used = 0
 
     def free(self) -> None:
         """Gives everything back; the caller has made the context current."""
-        self.close()
+        self._forget()
         while self._staging:
             self._staging.pop().memory.free()
         self._keep(())
