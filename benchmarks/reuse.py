@@ -103,6 +103,10 @@ def variants(steps: int, *, guided: bool) -> list[Variant]:
     texts += [("table", f"table,trunk_threshold={t},trunk_order={o}") for t in (0.05, 0.1) for o in (0, 1)]
     texts += [("adaptive", f"adaptive,trunk_threshold={t}") for t in (0.2, 0.3, 0.4)]
     texts += [("tokens", f"tokens,token_period={p},token_share={s}") for p in (2, 3, 5) for s in (0.2, 0.4)]
+    texts += [
+        ("tokens, changed", f"tokens,token_period=3,token_share={s},token_changed={c}")
+        for s, c in ((0.2, 0.5), (0.4, 0.3))
+    ]
     # The same number of tokens, chosen with and without the pose.
     texts += [
         (f"tokens, {choice}", f"tokens,token_period=3,token_share={s},token_choice={choice}")
