@@ -72,7 +72,7 @@ def command(
     try:
         from ..calibration.calibrate import Options, calibrate
         from ..calibration.decide import Settings
-        from ..calibration.samples import POCKET, pocket_samples, read_samples
+        from ..calibration.samples import POCKET, SAMPLES_NAME, pocket_samples, read_samples
     except ImportError as error:
         raise DeviceError(
             f"Calibrating needs packages that are not installed ({error}). "
@@ -87,7 +87,7 @@ def command(
         text=not keep_text_encoder,
         report=not no_report,
     )
-    if str(data) == POCKET and not data.exists():
+    if str(data) == POCKET and not (data / SAMPLES_NAME).exists():
         samples = pocket_samples(read_manifest(bundle), str(bundle))
     else:
         samples = read_samples(data)

@@ -185,8 +185,10 @@ def test_the_built_in_set_is_for_the_pocket_model(
     black = [(sample.image == 0).all(axis=2).mean() for sample in samples]
     assert black[1] > 0.2 > max(black[0], black[2])  # the second has a masked background
     assert fingerprint(samples) == fingerprint(pocket_samples(read_manifest(demo / "bundle"), "elsewhere", 4))
-    (tmp_path / "pocket").mkdir()  # a folder of this name is meant before the built-in set
-    assert "is not a calibration set" in refused(3, capsys, str(bundle15), "q", "--data", "pocket", *QUICK)
+    (tmp_path / "pocket").mkdir()  # as in this project's source, where it is no calibration set
+    assert "is for the pocket model" in refused(2, capsys, str(bundle15), "q", "--data", "pocket", *QUICK)
+    (tmp_path / "pocket/samples.json").write_text("{")  # that folder is meant before the built-in set
+    assert "samples.json" in refused(3, capsys, str(bundle15), "q", "--data", "pocket", *QUICK)
 
 
 def test_bad_bundles_are_refused(
