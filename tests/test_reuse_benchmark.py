@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,7 +12,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from benchmarks.receipt import RESULTS
 from benchmarks.reuse import (
+    PRESETS,
     STEPS_GROUP,
     Made,
     Row,
@@ -26,6 +29,7 @@ from benchmarks.reuse import (
     variants,
 )
 from benchmarks.reuse_caches import PATH, document
+from dynamictrl_edge.runtime.reuse.policy import POLICIES, parse_policy
 
 FULL = Row(STEPS_GROUP, "25 steps", 1.0, 1.0, 99, 30.0, 2.0)
 FEWER = [Row(STEPS_GROUP, "12 steps", 0.5, 2.0, 35, 29.0, 2.1), Row(STEPS_GROUP, "6 steps", 0.25, 4.0, 30, 27.0, 2.4)]
@@ -88,6 +92,27 @@ def test_every_variant_is_timed_beside_a_full_run(tmp_path: Path) -> None:
     assert text.count("\n") == 2 + 1 + 3
     plot([made, *FEWER], whole, tmp_path / "plot.png")
     assert Image.open(tmp_path / "plot.png").size == (990, 414)
+
+
+def test_the_presets_are_those_that_were_picked() -> None:
+    figures = json.loads((RESULTS / "reuse.json").read_text())["figures"]
+    rows, full = [Row(**row) for row in figures["rows"]], Row(**figures["full"])
+    picked = {name: None if row is None else row.name for name, row in pick(rows, full).items()}
+    assert picked == figures["presets"] and set(picked) == set(PRESETS)
+    for name, text in picked.items():
+        policy = None if text is None else parse_policy(text)
+        assert POLICIES.get(name) == (None if policy is None else dataclasses.replace(policy, name=name))
+
+
+def test_the_skeleton_chooses_better_than_chance() -> None:
+    """Of as many active tokens, those that the pose touches leave the clip nearer to the full run."""
+    figures = json.loads((RESULTS / "reuse.json").read_text())["figures"]
+    rows = {row["name"]: row for row in figures["rows"]}
+    for share in ("0.2", "0.4"):
+        name = f"tokens,token_period=3,token_share={share}"
+        for blind in ("even", "random"):
+            other = rows[f"{name},token_choice={blind}"]
+            assert rows[name]["psnr_full"] > other["psnr_full"] and rows[name]["psnr_truth"] > other["psnr_truth"]
 
 
 def test_the_documented_bytes_are_those_of_the_code() -> None:
