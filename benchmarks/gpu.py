@@ -95,7 +95,7 @@ def make_importable() -> None:
         place = Path(tempfile.mkdtemp())
         package = place / "dynamictrl_edge"
         package.mkdir()
-        for source in (*(ROOT / "package").iterdir(), ROOT / "bundle"):
+        for source in (*(ROOT / "package").iterdir(), ROOT / "bundle", ROOT / "runtime"):
             (package / source.name).symlink_to(source)
         sys.path.append(str(place))
 

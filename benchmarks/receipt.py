@@ -5,20 +5,13 @@ A figure is printed in a table only when a file under `benchmarks/results/` vouc
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import datetime
-import importlib.metadata
 import importlib.util
 import json
 import os
-import platform
-import resource
-import shutil
 import statistics
 import subprocess
-import sys
-import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,28 +19,12 @@ from typing import Any
 import numpy as np
 
 from dynamictrl_edge.bundle.atomic import atomic_file
+from dynamictrl_edge.runtime.measure import machine, median_seconds, numpy_product, output, peak_rss, versions
 
 __all__ = ["RESULTS", "Ceiling", "Paired", "gemm_ceiling", "machine", "paired", "peak_rss", "run_json", "write_receipt"]
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-
-LIBRARIES = (
-    "numpy",
-    "onnxruntime",
-    "onnxruntime-gpu",
-    "onnx",
-    "torch",
-    "diffusers",
-    "transformers",
-    "tokenizers",
-    "safetensors",
-    "av",
-    "pillow",
-    "tensorrt",
-    "tensorrt_rtx",
-    "pycuda",
-)
 
 
 def write_receipt(
@@ -92,65 +69,12 @@ def _as_json(value: Any) -> Any:
 
 def commit() -> dict[str, Any]:
     """`{"hash", "dirty"}`; both None outside a repository. Receipts themselves do not make it dirty."""
-    head = _output("git", "-C", str(ROOT), "rev-parse", "HEAD")
-    changes = _output("git", "-C", str(ROOT), "status", "--porcelain", "--", ".", ":(exclude)benchmarks/results")
+    head = output("git", "-C", str(ROOT), "rev-parse", "HEAD")
+    changes = output("git", "-C", str(ROOT), "status", "--porcelain", "--", ".", ":(exclude)benchmarks/results")
     return {"hash": head, "dirty": None if changes is None else bool(changes)}
 
 
-def machine() -> dict[str, Any]:
-    """CPU model, cores that this process may use, memory in bytes, system, Python, and the GPUs with their driver."""
-    query = ("nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader")
-    gpus = _output(*query) or ""
-    return {
-        "cpu": _cpu_model(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
-        "system": f"{platform.system()} {platform.machine()}",
-        "python": platform.python_version(),
-        "gpus": [line.strip() for line in gpus.splitlines() if line.strip()],
-    }
-
-
-def versions() -> dict[str, str]:
-    """Versions of the installed libraries that a figure may depend on."""
-    found = {}
-    for library in LIBRARIES:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[library] = importlib.metadata.version(library)
-    return found
-
-
-def _cpu_model() -> str:
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith(("model name", "Model")):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
-
-
-def _output(*command: str) -> str | None:
-    """Standard output of a command, stripped; None when it does not exist or fails."""
-    if shutil.which(command[0]) is None:
-        return None
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
-    return result.stdout.strip() if result.returncode == 0 else None
-
-
-# Memory and processes
-
-
-def peak_rss() -> int:
-    """The most resident memory that this process has had, in bytes.
-
-    Read from the kernel's high-water mark of this program, where there is one: `ru_maxrss` of a process that was
-    started by a large one begins at the size of its parent.
-    """
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+# Processes
 
 
 def run_json(command: Sequence[str], **environment: str) -> dict[str, Any]:
@@ -226,7 +150,7 @@ def gemm_ceiling(seconds: float = 6.0, sizes: Sequence[int] = (1024, 2048)) -> C
     `seconds` are shared out among libraries and sizes; a figure is the median over its repetitions, the ceiling the
     best of these figures. Threads are as each library is configured.
     """
-    makers = {"numpy": _numpy_product, "torch": _torch_product, "onnxruntime": _onnxruntime_product}
+    makers = {"numpy": numpy_product, "torch": _torch_product, "onnxruntime": _onnxruntime_product}
     needs = {"numpy": ("numpy",), "torch": ("torch",), "onnxruntime": ("onnxruntime", "onnx")}
     present = [name for name in makers if all(importlib.util.find_spec(need) for need in needs[name])]
     share = seconds / (len(present) * len(sizes))
@@ -234,30 +158,13 @@ def gemm_ceiling(seconds: float = 6.0, sizes: Sequence[int] = (1024, 2048)) -> C
     for library in present:
         figures[library] = {}
         for size in sizes:
-            figures[library][str(size)] = 2 * size**3 / _median_seconds(makers[library](size), share) / 1e9
+            figures[library][str(size)] = 2 * size**3 / median_seconds(makers[library](size), share) / 1e9
     return Ceiling(max(max(by_size.values()) for by_size in figures.values()), figures)
-
-
-def _median_seconds(product: Callable[[], object], budget: float) -> float:
-    """Median duration of a call over about `budget` seconds, at least three calls after a warm one."""
-    product()
-    durations: list[float] = []
-    while len(durations) < 3 or sum(durations) < budget:
-        start = time.perf_counter()
-        product()
-        durations.append(time.perf_counter() - start)
-    return statistics.median(durations)
 
 
 def _operands(size: int) -> tuple[np.ndarray, np.ndarray]:
     generator = np.random.default_rng(0)
     return generator.random((size, size), np.float32), generator.random((size, size), np.float32)
-
-
-def _numpy_product(size: int) -> Callable[[], object]:
-    a, b = _operands(size)
-    out = np.empty_like(a)
-    return lambda: np.matmul(a, b, out=out)
 
 
 def _torch_product(size: int) -> Callable[[], object]:

@@ -11,7 +11,7 @@ from typing import Any
 import click
 
 from ..bundle.errors import InputError, UsageError
-from .console import Progress, json_option, note, print_json, verbose_option, working
+from .console import Bars, Progress, json_option, note, print_json, verbose_option, working
 
 STAGES = {
     "verify": "Checking the bundle",
@@ -186,7 +186,7 @@ def make(animator: Any, video: str, latents: Path | None, progress: Progress, **
     from ..bundle.atomic import atomic_file
     from ..runtime.media import open_writer
 
-    bars = _Bars(progress)
+    bars = Bars(progress, STAGES)
     run, chunks = animator.start(progress=bars, **arguments)
     size = run.geometry
     with contextlib.ExitStack() as stack:
@@ -217,20 +217,6 @@ def make(animator: Any, video: str, latents: Path | None, progress: Progress, **
         "reuse": None if run.reuse is None else run.reuse.as_json(),
         "notices": list(run.notices),
     }
-
-
-class _Bars:
-    """Turns the animator's (stage, done, total) into progress bars."""
-
-    def __init__(self, progress: Progress):
-        self._progress, self._stage, self._done = progress, "", 0
-
-    def __call__(self, stage: str, done: int, total: int) -> None:
-        if stage != self._stage:
-            self._progress.stage(STAGES.get(stage, stage), total if total > 1 else None)
-            self._stage, self._done = stage, 0
-        self._progress.advance(done - self._done)
-        self._done = done
 
 
 def _for_seed(out: str, seed: int, seeds: tuple[int, ...]) -> str:

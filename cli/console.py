@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,7 +13,17 @@ import click
 
 from ..bundle.errors import from_os_error
 
-__all__ = ["Progress", "give_up_stdout", "json_option", "note", "print_json", "results", "verbose_option", "working"]
+__all__ = [
+    "Bars",
+    "Progress",
+    "give_up_stdout",
+    "json_option",
+    "note",
+    "print_json",
+    "results",
+    "verbose_option",
+    "working",
+]
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout.")
 verbose_option = click.option(
@@ -82,6 +92,21 @@ class Progress:
             task = self._bars.tasks[self._task]
             self._bars.update(self._task, total=task.total or 1, completed=task.total or 1)
             self._task = None
+
+
+class Bars:
+    """Turns calls of (stage, done, total) into progress bars; `names`: what stages are called for a person."""
+
+    def __init__(self, progress: Progress, names: Mapping[str, str] | None = None):
+        self._progress, self._names = progress, names or {}
+        self._stage, self._done = "", 0
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        if stage != self._stage:
+            self._progress.stage(self._names.get(stage, stage), total if total > 1 else None)
+            self._stage, self._done = stage, 0
+        self._progress.advance(done - self._done)
+        self._done = done
 
 
 @contextmanager

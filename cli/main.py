@@ -24,6 +24,7 @@ VERBS = {
     "calibrate": ("calibrate", "Turn a bundle into a quantized bundle (int8, fp8)."),
     "build": ("build", "Build TensorRT engines of a bundle, for one or more GPUs."),
     "animate": ("animate", "Animate a photo with a pose clip and a prompt."),
+    "bench": ("bench", "Measure how long a clip's stages, steps and blocks take here."),
     "inspect": ("inspect", "Show what is in a bundle, and check that it is whole."),
     "compare": ("compare", "Measure the difference between two clips."),
     "doctor": ("doctor", "Say what this machine has and lacks."),

@@ -32,6 +32,7 @@ from .reuse.tokens import Touched, drawn_tokens
 from .scheduler import Schedule, SchedulerConfig, make_schedule
 from .text import TextStage
 from .tiling import Tiling
+from .timeline import Timeline
 from .vae import Order, VAEDecoder, VAEEncoder, sample_posterior
 
 __all__ = ["Animator", "Clip", "Prepared", "Request", "Run"]
@@ -74,6 +75,7 @@ class Run:
     latents: np.ndarray | None = None
     reuse: ReuseReport | None = None
     touched: Touched | None = None  # tokens that the pose touches, where the policy asks
+    timeline: Timeline | None = None  # of the denoising loop, where it is measured
 
     @contextmanager
     def timed(self, stage: str) -> Iterator[None]:
@@ -155,6 +157,16 @@ class Animator:
         if self._device is not None:
             self._device.close()
 
+    @property
+    def device_peak(self) -> int | None:
+        """Bytes of a GPU's memory that the last clip used at once, of what the runtime gives out itself; None on the processor."""
+        return None if self._device is None else self._device.peak
+
+    def forget_schedule(self) -> None:
+        """The next clip computes the tables of its steps anew, as the first one with another number of steps would."""
+        if self._denoiser is not None:
+            self._denoiser.forget_schedule()
+
     def cancel(self) -> None:
         """Ends the request that is running with `Interrupted`, within one block or VAE chunk. No effect if none is."""
         self._cancelled.set()
@@ -190,10 +202,15 @@ class Animator:
         *,
         callback_on_step_end: StepCallback | None = None,
         progress: ProgressCallback | None = None,
+        timeline: Timeline | None = None,
         **arguments: Any,
     ) -> tuple[Run, Iterator[np.ndarray]]:
-        """Checks the request and returns its `Run` with the iterator that does the work and yields frames."""
+        """Checks the request and returns its `Run` with the iterator that does the work and yields frames.
+
+        `timeline`: keeps when the denoising loop's parts ran.
+        """
         run = self._checked(Request.of(**arguments))
+        run.timeline = timeline
         return run, self._frames(run, callback_on_step_end, progress or _unheard)
 
     def prepare(self, *, progress: ProgressCallback | None = None, **arguments: Any) -> Prepared:
@@ -373,6 +390,7 @@ class Animator:
         self._denoiser.resident_blocks = run.plan.resident_blocks
         self._denoiser.side_by_side = run.plan.budget is None
         self._denoiser.together = run.plan.batch == 2
+        self._denoiser.timeline = run.timeline
         reuse = self._reuse(run, self._denoiser, schedule)
         progress("denoise", 0, len(schedule))
         steps = self._denoiser.denoise(

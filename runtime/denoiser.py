@@ -6,9 +6,10 @@ Buffers are allocated once per request; inside the loop nothing is, and numpy on
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
-from contextlib import closing, contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -24,6 +25,7 @@ from .embeddings import timestep_sinusoid
 from .noise import NoiseSource
 from .rope import rope_table, split_halves, with_text_prefix
 from .scheduler import Schedule
+from .timeline import STEP, Timeline
 
 __all__ = ["OFS", "BlockStore", "Denoiser", "Latents", "Loop", "MakeLoop", "Step", "Turn"]
 
@@ -77,6 +79,11 @@ def _at(place: str) -> Iterator[None]:
         raise DeviceError(f"{place}: {error}") from error
 
 
+def _part(timeline: Timeline | None, name: str) -> AbstractContextManager[None]:
+    """Around a part of a step, which `timeline` keeps."""
+    return nullcontext() if timeline is None else timeline.part(name)
+
+
 class Denoiser:
     """The transformer of one bundle, ready to denoise clips of any size that it can make."""
 
@@ -84,9 +91,10 @@ class Denoiser:
         """Maps the weights; nothing is read yet.
 
         `side_by_side`: whether guidance halves may run at once where the backend gains from it. `together`: whether they go
-        through a block as one batch.
+        through a block as one batch. `timeline`: what the next loop's parts are measured with; None: they are not.
         """
         self.side_by_side, self.together = True, False
+        self.timeline: Timeline | None = None
         self.config: TransformerConfig = bundle.manifest.transformer
         self._backend = backend
         self._bundle = bundle
@@ -100,6 +108,7 @@ class Denoiser:
         """(blocks [T, layers, 15, D], head [T, 2, D]) float32 for all timesteps; kept for the next clip with the same steps."""
         key = tuple(int(t) for t in schedule.timesteps)
         if self._tables is None or self._tables[0] != key:
+            start = time.perf_counter()
             config = self.config
             feeds: dict[str, np.ndarray] = {"time_sinusoid": timestep_sinusoid(schedule.timesteps, config.width)}
             if config.ofs_embed_dim is not None:
@@ -113,6 +122,8 @@ class Denoiser:
                 weights.release()  # needed once per schedule only
             head = self._backend.graph("head_modulation")(feeds)["table"]
             self._tables = (key, table, head)
+            if self.timeline is not None:
+                self.timeline.schedule += time.perf_counter() - start
         return self._tables[1], self._tables[2]
 
     def use_tables(self, schedule: Schedule, blocks: np.ndarray, head: np.ndarray) -> None:
@@ -152,11 +163,12 @@ class Denoiser:
         `initial`: [1, F, C, H, W] float32 pure noise. `check` is called between blocks and may raise to cancel.
         `make_loop`: None for a loop that computes every step in full.
         """
-        tables = self.modulation(schedule)
-        with closing((make_loop or Loop)(self, latents, initial, grid)) as loop:
+        tables, timeline = self.modulation(schedule), self.timeline
+        recording = nullcontext() if timeline is None else timeline.recording(self.buffers)
+        with recording, closing((make_loop or Loop)(self, latents, initial, grid)) as loop:
             blocks, head = map(self.buffers.hold, tables)
             for index, (timestep, step) in enumerate(zip(schedule.timesteps, schedule.steps, strict=True)):
-                with _at(f"Step {index + 1} of {len(schedule)}"):
+                with _at(f"Step {index + 1} of {len(schedule)}"), _part(timeline, STEP):
                     loop.run_blocks(blocks[index], check)
                     for _ in range(step.draws - 1):
                         noise.skip(initial.shape)  # of two draws the published scheduler uses the second
@@ -200,6 +212,7 @@ class Loop:
         dtype = pose.dtype
 
         self._denoiser, self._backend, self._shared = denoiser, backend, shared
+        self._timeline = denoiser.timeline
         start = initial.astype(np.float32)  # a copy: the loop writes here
         self.latents, self._x0 = buffers.hold(start), buffers.hold(np.zeros_like(start))
         self._next, self._x0_next, self._noise = (buffers.empty(start.shape, np.float32) for _ in range(3))
@@ -274,7 +287,7 @@ class Loop:
 
     def _run_stem(self, rows: np.ndarray) -> None:
         self.buffers.put(self._row, rows)
-        with _at("stem"):
+        with _at("stem"), _part(self._timeline, "stem"):
             self._stem()
         if self._spread is not None:
             for h in range(self._spread.shape[0]):
@@ -282,10 +295,13 @@ class Loop:
 
     def _run(self, halves: Sequence[Sequence[Turn]], check: Callable[[], None]) -> None:
         """A call per block of each of these guidance halves."""
-        if self._pool is None or len(halves) == 1:
+        pool = self._pool if len(halves) > 1 else None
+        if self._timeline is not None:
+            halves = self._timeline.around(halves, side_by_side=pool is not None)
+        if pool is None:
             self._take_turns(halves, check)
         else:
-            self._side_by_side(self._pool, halves, check)
+            self._side_by_side(pool, halves, check)
 
     def _take_turns(self, halves: Sequence[Sequence[Turn]], check: Callable[[], None]) -> None:
         for i, calls in enumerate(zip(*halves, strict=True)):
@@ -336,7 +352,7 @@ class Loop:
         put(self._head_row, row)
         put(self._coefficients, np.array([guidance, *coefficients], np.float32))
         put(self._noise, noise)
-        with _at("head"):
+        with _at("head"), _part(self._timeline, "head"):
             head()
         put(self.latents, self._next)
         put(self._x0, self._x0_next)

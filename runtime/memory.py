@@ -6,12 +6,12 @@ really allocates (a test holds a clip's measured peak against the plan); the pla
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 
 from ..bundle.config import Geometry, TransformerConfig, VaeConfig
 from ..bundle.errors import DeviceError
 from ..bundle.manifest import Manifest
+from .measure import physical_memory
 
 __all__ = ["MemoryPlan", "physical_memory", "plan_memory"]
 
@@ -131,14 +131,6 @@ def block_activations(config: TransformerConfig, size: Geometry, fused: bool) ->
     s, d = size.video_tokens + config.max_text_seq_length, config.width
     scores = 0 if fused else 2 * config.num_attention_heads * s * s  # query-key products and their softmax
     return FLOAT * max(scores + 6 * s * d, 10 * s * d)  # attention, or feed-forward with its two inner maps
-
-
-def physical_memory() -> int | None:
-    """The machine's memory in bytes; None where the system does not say."""
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (ValueError, OSError, AttributeError):
-        return None
 
 
 def vae_bytes(vae: VaeConfig, size: Geometry, height: int, width: int) -> int:

@@ -83,7 +83,7 @@ def test_a_signal_in_any_stage_of_an_animation(
         if (name, done) == stage:
             signal.raise_signal(number)
 
-    monkeypatch.setattr(animate_verb._Bars, "__call__", progress)
+    monkeypatch.setattr(animate_verb.Bars, "__call__", progress)
     target = out / {signal.SIGINT: "clip.mp4", signal.SIGTERM: "frames"}.get(number, "new.webm")
     assert_interrupted(capsys, out, animate(bundle10, inputs, target, save_latents=out / "latents.npy"))
 
@@ -103,7 +103,7 @@ def test_a_signal_while_the_files_are_moved_into_place(
 def test_a_signal_in_a_later_seed_keeps_the_clips_before_it(
     bundle10: Path, inputs: Inputs, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real, decoded = animate_verb._Bars.__call__, []
+    real, decoded = animate_verb.Bars.__call__, []
 
     def progress(bars: Any, name: str, done: int, total: int) -> None:
         real(bars, name, done, total)
@@ -112,7 +112,7 @@ def test_a_signal_in_a_later_seed_keeps_the_clips_before_it(
             if len(decoded) == 2:
                 signal.raise_signal(signal.SIGINT)
 
-    monkeypatch.setattr(animate_verb._Bars, "__call__", progress)
+    monkeypatch.setattr(animate_verb.Bars, "__call__", progress)
     assert run(animate(bundle10, inputs, out / "new.mp4", seed="1,2,3")) == 130
     assert list(listing(out)) == ["clip.mp4", "new-seed1.mp4"]
 
@@ -131,7 +131,7 @@ def test_pressing_it_twice_does_not_break_off_the_cleaning_up(
         real(path)
         cleaned.append(path)
 
-    monkeypatch.setattr(animate_verb._Bars, "__call__", progress)
+    monkeypatch.setattr(animate_verb.Bars, "__call__", progress)
     monkeypatch.setattr(atomic, "_remove", remove)
     arguments = animate(bundle10, inputs, out / "frames", save_latents=out / "latents.npy", no_cache=True)
     assert_interrupted(capsys, out, arguments)
@@ -150,7 +150,7 @@ def test_a_later_signal_is_a_new_one(
                 signal.raise_signal(signal.SIGINT)
         seen.append(name)
 
-    monkeypatch.setattr(animate_verb._Bars, "__call__", progress)
+    monkeypatch.setattr(animate_verb.Bars, "__call__", progress)
     monkeypatch.setattr(command_line, "PATIENCE", 0.0)
     assert_interrupted(capsys, out, animate(bundle10, inputs, out / "clip.mp4"))
 
@@ -163,7 +163,7 @@ def test_signals_that_the_shell_ignores_stay_ignored(
     def progress(bars: object, name: str, done: int, total: int) -> None:
         signal.raise_signal(signal.SIGINT)
 
-    monkeypatch.setattr(animate_verb._Bars, "__call__", progress)
+    monkeypatch.setattr(animate_verb.Bars, "__call__", progress)
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         assert run(animate(bundle10, inputs, out / "new.mp4")) == 0
@@ -379,7 +379,7 @@ def test_a_cancelled_clip_ends_the_command_line_with_130(
             animators[0].cancel()
 
     monkeypatch.setattr(Animator, "start", start)
-    monkeypatch.setattr(animate_verb._Bars, "__call__", progress)
+    monkeypatch.setattr(animate_verb.Bars, "__call__", progress)
     before = listing(out)
     assert run(animate(bundle10, inputs, out / "clip.mp4", save_latents=out / "latents.npy")) == 130
     assert "The clip was cancelled." in capsys.readouterr().err

@@ -7,7 +7,8 @@ A backend without that attribute computes in the process's memory (`host.HOST`).
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from ..request import Request
     from ..tiling import Tiling
 
-__all__ = ["Backend", "BlockWeights", "Buffers", "Call", "DeviceBackend", "Graph", "Plan"]
+__all__ = ["Backend", "BlockWeights", "Buffers", "Call", "Clock", "Copy", "DeviceBackend", "Graph", "Plan"]
 
 
 class Call(Protocol):
@@ -87,6 +88,10 @@ class DeviceBackend(Backend, Protocol):
     def tiling(self, plan: Any) -> Tiling | None:
         """The VAE's tiles in this plan."""
 
+    @property
+    def peak(self) -> int:
+        """Bytes of the device's memory that the last request used at once, of what this backend gives out itself."""
+
     def close(self) -> None:
         """Gives the device back."""
 
@@ -114,6 +119,26 @@ class BlockWeights(Protocol):
         """Gives the room back."""
 
 
+class Copy(NamedTuple):
+    """A copy of weights to a device: points of a `Clock` when it began and ended, and its bytes."""
+
+    begin: Any
+    end: Any
+    nbytes: int
+
+
+class Clock(Protocol):
+    """Tells when what was called really ran, for measuring. `copies`: of weights, since the clock was started."""
+
+    copies: list[Copy]
+
+    def mark(self) -> Any:
+        """A point behind everything that the calling thread called before."""
+
+    def seconds(self, point: Any) -> float:
+        """From the clock's start to this point; on a device it waits until the point is reached."""
+
+
 class Buffers(Protocol):
     """Where the arrays of a loop live. A buffer has `shape` and `dtype`; `buffer[i]` and `buffer[a:b]` are views of it."""
 
@@ -137,3 +162,6 @@ class Buffers(Protocol):
 
     def settle(self) -> None:
         """Waits until nothing uses any buffer. Raises nothing: it is also called after a fault."""
+
+    def clock(self) -> AbstractContextManager[Clock]:
+        """A clock that starts now; its points may be asked about until the context ends."""

@@ -30,12 +30,12 @@ from ..memory import physical_memory
 from ..request import Request
 from ..tiling import Tiling
 from .arena import ALIGNMENT, Arena, DeviceArray, Piece
-from .base import Graph
-from .cuda import Allocation, Device, Event, Pinned, open_device
+from .base import Copy, Graph
+from .cuda import Allocation, Device, Event, Pinned, Stream, open_device
 from .ring import KEPT_SHARE, DeviceBlocks
 from .tensorrt import CACHE_NAME, Engine, Library
 
-__all__ = ["Gpu", "GpuBuffers", "GpuCall", "GpuGraph", "TensorRTBackend"]
+__all__ = ["Gpu", "GpuBuffers", "GpuCall", "GpuClock", "GpuGraph", "TensorRTBackend"]
 
 GB = 1e9
 NUMPY: Mapping[str, type[np.generic]] = {
@@ -73,6 +73,8 @@ class Gpu:
         self.lockable = 0 if device.unified else int(KEPT_SHARE * (physical_memory() or 0))
         self.arena: Arena | None = None
         self.kept: Arena | None = None  # for blocks that stay from one request to the next
+        self.clock: GpuClock | None = None  # while something is measured
+        self._events: list[Event] = []  # of clocks; they serve again
         self._memory: Allocation | None = None
         self._kept_memory: Allocation | None = None
         self._staging: list[tuple[Pinned, Event]] = []
@@ -158,6 +160,25 @@ class Gpu:
         sent.wait()
         return memory, sent
 
+    @contextlib.contextmanager
+    def copying_weights(self, nbytes: int) -> Iterator[None]:
+        """Around a copy in the copy stream: a clock that runs keeps when it was."""
+        if self.clock is None:
+            yield
+            return
+        begin = self.clock.mark_in(self.copying)
+        yield
+        self.clock.copies.append(Copy(begin, self.clock.mark_in(self.copying), nbytes))
+
+    @contextlib.contextmanager
+    def measuring(self) -> Iterator[GpuClock]:
+        """A clock that runs until the context ends."""
+        self.clock = GpuClock(self, self._events)
+        try:
+            yield self.clock
+        finally:
+            self.clock = None
+
     def settle(self) -> None:
         """Waits for both streams. After a fault the driver refuses that too, and there is nothing left to wait for."""
         for stream in (self.copying, self.compute):
@@ -184,8 +205,38 @@ class Gpu:
             self._release()
             while self._staging:
                 self._staging.pop()[0].free()
+            self._events.clear()
         with contextlib.suppress(DeviceError), self.device.calling("giving streams back"):
             del self.fence, self.compute, self.copying
+
+
+class GpuClock:
+    """`base.Clock` by the GPU's own: points are events in its streams. They are taken from `events`, which grows."""
+
+    def __init__(self, gpu: Gpu, events: list[Event]):
+        self.copies: list[Copy] = []
+        self._gpu, self._events, self._used = gpu, events, 0
+        self._start = self.mark()
+        with gpu.device.calling("measuring"):
+            self._start.wait()  # so that no later point is before it, whatever its stream
+
+    def mark(self) -> Event:
+        return self.mark_in(self._gpu.compute)
+
+    def mark_in(self, stream: Stream) -> Event:
+        device = self._gpu.device
+        with device.calling("measuring"):
+            if self._used == len(self._events):
+                self._events.append(device.event(timed=True))
+            event = self._events[self._used]
+            self._used += 1
+            event.record(stream)
+        return event
+
+    def seconds(self, point: Event) -> float:
+        with self._gpu.device.calling("measuring"):
+            point.wait()
+            return self._start.milliseconds_to(point) / 1e3
 
 
 class GpuBuffers:
@@ -227,6 +278,9 @@ class GpuBuffers:
 
     def settle(self) -> None:
         self._gpu.settle()
+
+    def clock(self) -> contextlib.AbstractContextManager[GpuClock]:
+        return self._gpu.measuring()
 
 
 class TensorRTBackend:

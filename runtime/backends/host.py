@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
 
 from ...bundle.store import Bundle
 from ...bundle.tensors import MappedTensors
-from .base import Graph
+from .base import Copy, Graph
 
-__all__ = ["HOST", "BlockStore", "HostBuffers"]
+__all__ = ["HOST", "BlockStore", "HostBuffers", "HostClock"]
 
 
 class BlockStore:
@@ -49,6 +51,20 @@ class BlockStore:
         """Nothing, likewise."""
 
 
+class HostClock:
+    """`base.Clock` by the process's own: calls return when their work is done. Mapped weights are not copied."""
+
+    def __init__(self) -> None:
+        self.copies: list[Copy] = []
+        self._start = time.perf_counter()
+
+    def mark(self) -> float:
+        return time.perf_counter()
+
+    def seconds(self, point: float) -> float:
+        return point - self._start
+
+
 class HostBuffers:
     """`base.Buffers` over numpy: every buffer is an array."""
 
@@ -72,6 +88,9 @@ class HostBuffers:
 
     def settle(self) -> None:
         """Nothing runs on when a call has returned."""
+
+    def clock(self) -> AbstractContextManager[HostClock]:
+        return nullcontext(HostClock())
 
 
 HOST = HostBuffers()

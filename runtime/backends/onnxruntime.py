@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,6 +10,7 @@ import numpy as np
 from ...bundle.errors import BundleError, DeviceError
 from ...bundle.manifest import OWN, GraphSpec, Port
 from ...bundle.store import Bundle
+from ..measure import cores
 
 __all__ = ["OnnxRuntimeBackend"]
 
@@ -48,7 +48,7 @@ class OnnxRuntimeBackend:
             ) from error
         self._ort = onnxruntime
         self._bundle = bundle
-        self._threads = threads or _cores()
+        self._threads = threads or cores()
         self.lanes = min(2, self._threads)
         self._graphs: dict[tuple[str, int, int], OrtGraph] = {}
 
@@ -165,12 +165,6 @@ class OrtCall:
             self._graph.session.run_with_iobinding(self._binding)
         except Exception as error:
             raise self._graph._failure(error) from error
-
-
-def _cores() -> int:
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def _first_line(error: Exception) -> str:

@@ -195,7 +195,8 @@ class DeviceBlocks:
             if self._streamed:
                 self._files[self._streamed[(self._copied + 1) % len(self._streamed)]].prefetch()
         gpu.copying.wait_for(slot.free)
-        gpu.copying.copy_in(slot.piece.address, staging.memory[: layout.nbytes])
+        with gpu.copying_weights(layout.nbytes):
+            gpu.copying.copy_in(slot.piece.address, staging.memory[: layout.nbytes])
         staging.sent.record(gpu.copying)
         slot.ready.record(gpu.copying)
 

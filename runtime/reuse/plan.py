@@ -17,7 +17,7 @@ import numpy as np
 from ...bundle.config import TransformerConfig
 from .policy import ReusePolicy
 
-__all__ = ["Decider", "Plan", "StepPlan", "flop_fraction", "make_plan", "table_changes"]
+__all__ = ["Decider", "Plan", "StepPlan", "flop_fraction", "make_plan", "step_flops", "table_changes"]
 
 Trunk = Literal["full", "tokens", "reused"]
 
@@ -166,12 +166,13 @@ def flop_fraction(steps: Sequence[StepPlan], config: TransformerConfig, tokens: 
 
     tokens: video tokens; active: those that run in a token step; halves: 2 under guidance, else 1.
     """
-    done = sum(_flops(step, config, tokens, active, halves) for step in steps)
-    full = _flops(StepPlan("full", True), config, tokens, active, halves)
+    done = sum(step_flops(step, config, tokens, active, halves) for step in steps)
+    full = step_flops(StepPlan("full", True), config, tokens, active, halves)
     return done / (full * len(steps))
 
 
-def _flops(step: StepPlan, config: TransformerConfig, tokens: int, active: int, halves: int) -> int:
+def step_flops(step: StepPlan, config: TransformerConfig, tokens: int, active: int, halves: int) -> int:
+    """Floating-point operations of one step; the arguments are those of `flop_fraction`."""
     d, text = config.width, config.max_text_seq_length
     count = halves if step.both else 1
     patches = 2 * tokens * config.patch_elements * d  # stem, and head of each half
