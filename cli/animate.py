@@ -82,8 +82,8 @@ class SeedList(click.ParamType):
     "--reuse",
     default="off",
     show_default=True,
-    help="Use parts of earlier steps again, faster and less exact: off, guidance, trunk, trunk-linear, table, adaptive, "
-    "tokens or combined; with settings: trunk,trunk_period=3 (docs/reuse.md).",
+    help="Use parts of earlier steps again, faster and less exact: off, quality, balanced, guidance, trunk, trunk-linear, table, "
+    "adaptive, tokens or combined; with settings: trunk,trunk_period=3 (docs/reuse.md).",
 )
 @click.option(
     "--memory",
