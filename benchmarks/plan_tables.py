@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dynamictrl_edge.bundle.config import TextConfig, TransformerConfig, VaeConfig
-from dynamictrl_edge.cli.memory_plans import memory_of
 from dynamictrl_edge.engines.activations import estimate_activation
 from dynamictrl_edge.engines.planner import PRESETS, RING, MemoryPlan, ModelFacts, model_facts, plan
 from dynamictrl_edge.engines.stages import CONTEXT, PROCESS
+from dynamictrl_edge.runtime.reuse.device import memory_of
 from dynamictrl_edge.runtime.reuse.policy import POLICIES, parse_policy
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -5,19 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from ..bundle.config import TransformerConfig
 from ..bundle.errors import UsageError
 from ..bundle.manifest import Manifest
 from ..engines.engine_set import ClipSize
 from ..engines.model_facts import facts_of
-from ..engines.planner import PRESETS, MemoryPlan, ReuseMemory, plan
+from ..engines.planner import PRESETS, MemoryPlan, plan
 from ..engines.profiles import default_size, parse_size
 from ..engines.targets import Capability
-from ..runtime.reuse.caches import cache_bytes
-from ..runtime.reuse.fit import alternatives, needed_graphs
+from ..runtime.reuse.device import memories
 from ..runtime.reuse.policy import ReusePolicy
 
-__all__ = ["memory_of", "memory_plans", "plan_facts", "show_plans"]
+__all__ = ["memory_plans", "plan_facts", "show_plans"]
 
 
 def memory_plans(
@@ -39,9 +37,7 @@ def memory_plans(
         raise UsageError(f"--memory {budget:g} is not possible: give gigabytes, more than 0.")
     facts = facts_of(manifest)
     wanted: list[ClipSize] = [parse_size(size) for size in sizes]
-    config = manifest.transformer
-    reuse = None if policy is None else memory_of(policy, config)
-    policies = () if policy is None else tuple(memory_of(other, config) for other in alternatives(policy, manifest))
+    reuse, policies = memories(policy, manifest)
     made = []
     for size in wanted or dict.fromkeys((default_size(manifest), *PRESETS)):
         try:
@@ -60,15 +56,6 @@ def memory_plans(
             if wanted:
                 raise  # a preset that the model cannot make is left out
     return made
-
-
-def memory_of(policy: ReusePolicy, config: TransformerConfig) -> ReuseMemory:
-    """What a planner for GPUs asks about a policy."""
-    return ReuseMemory(
-        policy.name,
-        lambda size, guided, precision: cache_bytes(policy, config, size, guided=guided, precision=precision),
-        lambda guided: needed_graphs(policy, guided=guided),
-    )
 
 
 def plan_facts(made: MemoryPlan) -> dict[str, Any]:

@@ -10,7 +10,8 @@ Three things are chosen, in favour of quality and speed as far as the budget goe
 * how many of the denoiser's blocks stay in memory between steps; the others stream through a ring of slots, the next ones
   being copied while one computes;
 * whether the guidance halves go through a block together. One after the other they need half of the activations, and a
-  streamed block serves both, so they go together only once every block is resident.
+  streamed block serves both, so they go together only once every block is resident; and never where steps reuse earlier
+  ones, since such a step may leave a half out.
 
 Nothing here was measured on a GPU: activations are the compiler's reports or estimates of them (`activations`), weights and
 buffers are counted (`model_facts`, `stages`), and `stages.CONTEXT` is an allowance.
@@ -168,8 +169,8 @@ class MemoryPlan:
         if self.ring == 0:
             return ""
         return (
-            f" Copying the others costs no time on a GPU that computes up to {self.hidden_up_to / 1e12:.0f} TFLOP/s (over "
-            "PCIe 4 x8)."
+            f" Copying the others costs no time{'' if self.reuse is None else ' in full steps'} on a GPU that computes up to "
+            f"{self.hidden_up_to / 1e12:.0f} TFLOP/s (over PCIe 4 x8)."
         )
 
     def check(self) -> None:
@@ -333,7 +334,7 @@ class _Choice(NamedTuple):
 def _choose(case: Case, budget: int | None) -> _Choice:
     """The best choice within the budget; if there is none, one that needs no more than the smallest budget."""
     layers = case.facts.transformer.num_layers
-    together = min(case.halves, case.most)
+    together = min(case.halves, case.most) if case.reuse is None else 1
     if budget is None:
         return _Choice(together, layers, 0, case.tiles[0])
     # A smaller tile can need more, since its neighbours' overlaps count too.
@@ -385,14 +386,15 @@ def _vae_peak(case: Case, tile: Tile) -> int:
 
 def _advice(case: Case, budget: int) -> Iterator[str]:
     """Single changes with which the clip, or one like it, fits. What engines reported holds for what they were built for, so
-    changes are judged by estimates."""
+    changes are judged by estimates, but for those that build nothing anew."""
 
     def fits(**changes: Any) -> bool:
         return _least(replace(case, **{"measured": {}, **changes})) <= budget
 
     if case.reuse is not None:
-        less = [other.name for other in case.policies if fits(reuse=other)]
-        if fits(reuse=None):
+        same = case.measured  # the same engines run
+        less = [other.name for other in case.policies if fits(reuse=other, measured=same)]
+        if fits(reuse=None, measured=same):
             less.insert(0, "off")
         if less:
             yield f"reuse less (with --reuse, these fit: {', '.join(less)})"

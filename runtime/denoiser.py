@@ -206,7 +206,8 @@ class Loop:
             },
         )
         text, pose = conditions["text"], conditions["pose"]
-        cos, sin = map(buffers.hold, denoiser.rope(grid, text_tokens))
+        self._rope_tables = denoiser.rope(grid, text_tokens)
+        cos, sin = map(buffers.hold, self._rope_tables)
         tokens = pose.shape[1]
         rows, d = MODULATION_ROWS, config.width
         dtype = pose.dtype

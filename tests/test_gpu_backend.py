@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dynamictrl_edge.bundle.errors import BundleError, DeviceError, Interrupted, UsageError
+from dynamictrl_edge.bundle.errors import BundleError, DeviceError, Interrupted
 from dynamictrl_edge.bundle.store import Bundle
 from dynamictrl_edge.cli.main import run
 from dynamictrl_edge.engines.machine import Gpu, Machine
@@ -554,11 +554,6 @@ def test_a_stream_that_is_left_early_is_no_obstacle(gpu: Machinery, reference: C
     assert len(next(frames)) == 9
     frames.close()  # type: ignore[attr-defined]
     assert_same(gpu.animator(**arguments(CASE)), reference)
-
-
-def test_reuse_is_refused_by_name(gpu: Machinery) -> None:
-    with pytest.raises((UsageError, BundleError), match="--reuse guidance"):
-        gpu.animator(**arguments(CASE, reuse="guidance"))
 
 
 def test_a_clip_that_the_engines_do_not_take_is_refused_with_the_command(gpu: Machinery) -> None:

@@ -17,7 +17,6 @@ from benchmarks.plan_tables import TEXT, TRANSFORMER, VAE, estimates, full_size_
 from dynamictrl_edge.bundle.config import TextConfig, TransformerConfig, VaeConfig, geometry
 from dynamictrl_edge.bundle.errors import DeviceError, UsageError
 from dynamictrl_edge.bundle.manifest import Port, Quantization, read_manifest
-from dynamictrl_edge.cli.memory_plans import memory_of
 from dynamictrl_edge.engines.activations import estimate_activation
 from dynamictrl_edge.engines.engine_set import BuildOptions, ClipSize, EngineEntry, EngineSet
 from dynamictrl_edge.engines.model_facts import PRECISIONS
@@ -35,6 +34,7 @@ from dynamictrl_edge.engines.planner import (
 from dynamictrl_edge.engines.profiles import axes_of
 from dynamictrl_edge.engines.vae_tiles import tiles_of
 from dynamictrl_edge.runtime.reuse.caches import cache_bytes
+from dynamictrl_edge.runtime.reuse.device import memory_of
 from dynamictrl_edge.runtime.reuse.policy import POLICIES, parse_policy
 from dynamictrl_edge.runtime.tiling import Tiling
 from tests.bundle_samples import small_manifest
@@ -528,12 +528,15 @@ def denoising(made: MemoryPlan) -> dict[str, int]:
 @pytest.mark.parametrize("guidance", [True, False])
 def test_a_plan_has_the_caches_and_activations_of_reuse(precision: str, text: str, guidance: bool) -> None:
     facts, policy = full_size_facts(precision), parse_policy(text)
-    without, made = (denoising(plan(facts, HD, guidance=guidance, reuse=reuse)) for reuse in (None, reuse_of(text)))
+    without = denoising(plan(facts, HD, guidance=guidance, batch=1))  # halves go in turn under reuse
+    whole = plan(facts, HD, guidance=guidance, reuse=reuse_of(text))
+    made = denoising(whole)
+    assert whole.batch == 1
     size = geometry(TRANSFORMER, VAE, HD.height, HD.width, HD.frames)
     caches = cache_bytes(policy, TRANSFORMER, size, guided=guidance, precision="bf16")
     assert made.pop("caches of reuse", 0) == caches
     n, length = size.video_tokens, TRANSFORMER.max_text_seq_length
-    tokens = {"B": 2 if guidance else 1, "A": n, "L": length, "Q": n + length, "K": n}
+    tokens = {"B": 1, "A": n, "L": length, "Q": n + length, "K": n}
     most = max(
         without["activations"], estimate_activation("tokens_reuse", facts, tokens) if policy.reuses_tokens else 0
     )

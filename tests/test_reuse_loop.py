@@ -24,6 +24,7 @@ from dynamictrl_edge.runtime.reuse.tokens import choose_tokens, token_changes
 from dynamictrl_edge.runtime.scheduler import Schedule, SchedulerConfig, advance, make_schedule
 from tests.conftest import Export, Quantized
 from tests.golden import max_abs
+from tests.test_reuse_tokens import allocated
 
 MODELS = ("cogvideox10-tiny", "cogvideox15-tiny", "learned")
 GUIDANCE = 3.0
@@ -374,14 +375,14 @@ def test_the_report_says_what_was_done_and_allocated(model: Any) -> None:
     table, _ = tiny.denoiser.modulation(schedule)
     reuse = Reuse.of(policy, tiny.size, schedule, table, guided=True, touched=tiny.touched)
     loop = reuse.make_loop(tiny.denoiser, tiny.latents, tiny.initial, tiny.size.grid)
-    allocated = sum(array.nbytes for array in loop._buffers.values())
+    taken = allocated(list(loop._caches.values()))
     loop.close()
     steps = tiny.denoiser.denoise(
         tiny.latents, tiny.initial, schedule, GUIDANCE, NoiseSource(5), tiny.size.grid, make_loop=reuse.make_loop
     )
     assert len(list(steps)) == 9
     report = reuse.report(tiny.config, "fp32")
-    assert report.cache_bytes == allocated
+    assert report.cache_bytes == taken
     assert report.as_json()["steps"] == list(reuse.plan.kinds)
     assert 0.3 < report.flop_fraction < 0.8
     assert "9 steps with --reuse combined: 3 full" in report.summary()

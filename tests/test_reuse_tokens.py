@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 from dynamictrl_edge.bundle.config import geometry
 from dynamictrl_edge.bundle.errors import BundleError, DeviceError
 from dynamictrl_edge.bundle.manifest import BLOCK_KINDS, Quantization
+from dynamictrl_edge.runtime.backends.host import HOST
 from dynamictrl_edge.runtime.memory import MemoryPlan, block_activations, plan_memory
 from dynamictrl_edge.runtime.reuse.caches import Widths, allocate, cache_bytes, cache_layout
 from dynamictrl_edge.runtime.reuse.fit import check_graphs, needed_graphs, plan_with_caches
@@ -139,10 +141,17 @@ def test_bytes_are_those_of_what_is_allocated(name: str, guided: bool, precision
     policy = parse_policy(name)
     assert policy is not None
     layout = cache_layout(policy, TRANSFORMER, size, guided=guided)
-    made = allocate(layout, np.dtype(np.float32), np.dtype(compute))
+    made = allocate(layout, HOST, np.dtype(np.float32), np.dtype(compute))
     assert set(made) == set(layout)
     counted = cache_bytes(policy, TRANSFORMER, size, guided=guided, precision=precision)
-    assert sum(array.nbytes for array in made.values()) == counted
+    assert allocated(list(made.values())) == counted
+    on_device = cache_bytes(policy, TRANSFORMER, size, guided=guided, precision=precision, device=True)
+    assert counted - on_device == (made["whole"].nbytes if policy.follows_changes else 0)
+
+
+def allocated(buffers: Any) -> int:
+    """Bytes of arrays in nested lists."""
+    return sum(map(allocated, buffers)) if isinstance(buffers, list) else buffers.nbytes
 
 
 def test_bytes_at_full_size_are_mostly_keys_and_values() -> None:

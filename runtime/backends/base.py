@@ -140,7 +140,8 @@ class Clock(Protocol):
 
 
 class Buffers(Protocol):
-    """Where the arrays of a loop live. A buffer has `shape` and `dtype`; `buffer[i]` and `buffer[a:b]` are views of it."""
+    """Where the arrays of a loop live. A buffer has `shape` and `dtype`; `buffer[i]` and `buffer[a:b]` are views of it, which
+    graphs take only if they begin at a place that the device likes: arrays of few bytes must be buffers of their own."""
 
     def empty(self, shape: Sequence[int], dtype: np.dtype | type) -> Any:
         """A new buffer, of whatever content. Raises `DeviceError` if there is no room."""

@@ -8,6 +8,7 @@ weights. Calls return when their work is enqueued: only reading results (`Gpu.do
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,9 @@ from ...engines.profiles import default_size
 from ...engines.targets import capability_name
 from ..memory import physical_memory
 from ..request import Request
+from ..reuse.device import memories
+from ..reuse.policy import ReusePolicy
+from ..reuse.tokens import active_count
 from ..tiling import Tiling
 from .arena import ALIGNMENT, Arena, DeviceArray, Piece
 from .base import Copy, Graph
@@ -49,6 +53,7 @@ NUMPY: Mapping[str, type[np.generic]] = {
 CHUNK = 16 << 20  # bytes of a page-locked buffer for arrays on their way
 SLACK = 400 * ALIGNMENT  # what alignment adds to all buffers of a stage beside the blocks' weights
 OF_BLOCK = 40 * ALIGNMENT  # likewise to one block's tensors
+OF_CACHES = 6 * ALIGNMENT  # likewise to what reuse keeps of one block: keys, values and scales of two halves
 STAGES = {
     "text_block": "text",
     "vae_encoder_first": "encode",
@@ -335,21 +340,18 @@ class TensorRTBackend:
         """How a clip will lie in the GPU's memory. `memory`: budget in GB; None: what is free.
 
         Raises:
-            BundleError: the engines do not take this clip.
-            DeviceError: it does not fit; the text gives the smallest budget that works.
-            UsageError: what this backend does not do.
+            BundleError: the engines do not take this clip, or the set lacks those of the policy of reuse.
+            DeviceError: it does not fit; the text gives the smallest budget that works, and what of reuse fits.
+            UsageError: a policy of reuse that keeps nothing.
         """
-        if request.policy is not None:
-            raise UsageError(
-                f"--reuse {request.policy.name} is not part of the TensorRT backend yet. Use --reuse off, or "
-                "--backend onnxruntime."
-            )
-        manifest = self._bundle.manifest
+        manifest, policy = self._bundle.manifest, request.policy
+        _check_kept(policy, size)
         clip = ClipSize(height=size.height, width=size.width, frames=size.frames)
         tile = self._tile(size, request.tiling)
         wanted = Wanted(size=clip, batch=1, steps=request.num_inference_steps, tile=tile)
         self._use(*find_fitting(self._bundle.root, manifest, self._machine, wanted))
         free = self._device.free_memory() + self._gpu.held
+        reuse, policies = memories(policy, manifest)
         made = plan_with_engines(
             manifest,
             self.engines,
@@ -359,6 +361,8 @@ class TensorRTBackend:
             steps=request.num_inference_steps,
             unified=self._device.unified,
             tile=tile,
+            reuse=reuse,
+            policies=policies,
         )
         made.check()
         return made.keeping_blocks()
@@ -414,10 +418,11 @@ class TensorRTBackend:
         held = sum(entry.weights_bytes for entry in self.engines.engines.values())
         self._roomy = plan.budget is None or plan.peak + held <= plan.budget
         of_slots = (plan.resident_blocks + plan.ring) * OF_BLOCK
+        arena = plan.arena + SLACK + (plan.layers * OF_CACHES if plan.caches else 0)
         if plan.kept:
-            self._gpu.begin(plan.arena + SLACK, plan.ring, kept=plan.kept + of_slots)
+            self._gpu.begin(arena, plan.ring, kept=plan.kept + of_slots)
         else:
-            self._gpu.begin(plan.arena + SLACK + of_slots, plan.ring)
+            self._gpu.begin(arena + of_slots, plan.ring)
 
     @property
     def peak(self) -> int:
@@ -561,6 +566,16 @@ class GpuCall:
     def __call__(self) -> None:
         with self._backend.running(self._engine.graph):
             self._backend.enqueue(self._engine, self.shapes, self.arrays)
+
+
+def _check_kept(policy: ReusePolicy | None, size: Geometry) -> None:
+    """Refuses (`UsageError`) token reuse where every token is active: engines take no arrays without rows."""
+    tokens = size.video_tokens
+    if policy is not None and policy.reuses_tokens and active_count(policy, tokens) == tokens:
+        raise UsageError(
+            f"--reuse {policy.name}: with token_share={policy.token_share:g} all {tokens} tokens of this clip are active, so "
+            f"that none is kept. Give at most token_share={math.floor(100 * (tokens - 1) / tokens) / 100:g}, or token_period=1."
+        )
 
 
 def _for_some_clip(bundle: Bundle, machine: Machine) -> tuple[Path, EngineSet]:

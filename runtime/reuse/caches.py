@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
 from ...bundle.config import Geometry, TransformerConfig
+from ..backends.base import Buffers
+from ..backends.host import HOST
 from .policy import ReusePolicy
 from .tokens import active_count
 
@@ -33,10 +35,16 @@ class Widths:
 
 @dataclass(frozen=True)
 class Buffer:
-    """An array to allocate."""
+    """An array to allocate.
+
+    apart: over so many of the first axes, every place is an array of its own: engines of a GPU take no view that begins just
+    anywhere. host: only the processor reads it.
+    """
 
     shape: tuple[int, ...]
     kind: Kind
+    apart: int = 0
+    host: bool = False
 
     def bytes(self, widths: Widths) -> int:
         width = {"stream": widths.stream, "compute": widths.compute, "float": 4, "index": 8, "int8": 1}[self.kind]
@@ -56,11 +64,11 @@ def cache_layout(policy: ReusePolicy, config: TransformerConfig, size: Geometry,
         buffers["conditional"] = Buffer((1, *shape), "float")
     if policy.follows_changes:
         shape = (size.latent_frames, config.latent_channels, size.latent_height, size.latent_width)
-        buffers["whole"] = Buffer(shape, "float")
+        buffers["whole"] = Buffer(shape, "float", host=True)
     if policy.reuses_trunk:
-        buffers["residuals"] = Buffer((halves, 1 + policy.trunk_order, 1, n, d), "stream")
+        buffers["residuals"] = Buffer((halves, 1 + policy.trunk_order, 1, n, d), "stream", apart=2)
     if policy.adaptive:
-        buffers["modulated"] = Buffer((2, 1, n, d), "stream")
+        buffers["modulated"] = Buffer((2, 1, n, d), "stream", apart=1)
     if policy.reuses_trunk or policy.reuses_tokens:
         buffers["composed"] = Buffer((halves, n, d), "stream")
     if policy.reuses_tokens:
@@ -69,31 +77,46 @@ def cache_layout(policy: ReusePolicy, config: TransformerConfig, size: Geometry,
         caching = 1 if policy.reuses_guidance else halves
         narrow = policy.token_cache == "int8"
         for name in ("keys", "values"):
-            buffers[name] = Buffer((caching, layers, 1, n - active, d), "int8" if narrow else "compute")
+            buffers[name] = Buffer((caching, layers, 1, n - active, d), "int8" if narrow else "compute", apart=2)
             if narrow:  # one block's at a time, as its graph gives and takes them
-                buffers[f"wide_{name}"] = Buffer((caching, 1, n - active, d), "compute")
+                buffers[f"wide_{name}"] = Buffer((caching, 1, n - active, d), "compute", apart=1)
         if narrow:
-            buffers["scales"] = Buffer((caching, layers, 2, config.num_attention_heads), "float")
+            buffers["scales"] = Buffer((caching, layers, 2, config.num_attention_heads), "float", apart=2)
         rows = active + config.max_text_seq_length
         buffers["active_pose"] = Buffer((1, active, d), "stream")
         buffers["active_stem"] = Buffer((1, active, d), "stream")
-        buffers["active_video"] = Buffer((caching, 2, 1, active, d), "stream")
-        buffers["active_poses"] = Buffer((caching, 2, 1, active, d), "stream")
-        buffers["active_rope"] = Buffer((2, rows, config.attention_head_dim // 2), "float")
+        buffers["active_video"] = Buffer((caching, 2, 1, active, d), "stream", apart=2)
+        buffers["active_poses"] = Buffer((caching, 2, 1, active, d), "stream", apart=2)
+        buffers["active_rope"] = Buffer((2, rows, config.attention_head_dim // 2), "float", apart=1)
         buffers["active"] = Buffer((active,), "index")
         buffers["kept"] = Buffer((n - active,), "index")
     return buffers
 
 
-def cache_bytes(policy: ReusePolicy, config: TransformerConfig, size: Geometry, *, guided: bool, precision: str) -> int:
-    """Bytes of all buffers of `cache_layout`. `precision`: fp32, fp16 or bf16."""
+def cache_bytes(
+    policy: ReusePolicy,
+    config: TransformerConfig,
+    size: Geometry,
+    *,
+    guided: bool,
+    precision: str,
+    device: bool = False,
+) -> int:
+    """Bytes of all buffers of `cache_layout`. `precision`: fp32, fp16 or bf16. `device`: only of those that lie on a GPU."""
     widths = Widths.of(precision)
     layout = cache_layout(policy, config, size, guided=guided)
-    return sum(buffer.bytes(widths) for buffer in layout.values())
+    return sum(buffer.bytes(widths) for buffer in layout.values() if not (device and buffer.host))
 
 
-def allocate(layout: Mapping[str, Buffer], stream: np.dtype, compute: np.dtype) -> dict[str, np.ndarray]:
-    """The buffers as arrays, zeroed (nothing that was never written is ever used, but probes read the first one)."""
+def allocate(layout: Mapping[str, Buffer], buffers: Buffers, stream: np.dtype, compute: np.dtype) -> dict[str, Any]:
+    """Every buffer by name; lists of them, nested, where a `Buffer` is `apart`. Of whatever content: what was never
+    written is never used (the first probe reads some, but nobody looks at its number)."""
     known = {"float": np.float32, "index": np.int64, "int8": np.int8}
     kinds = {"stream": stream, "compute": compute, **{kind: np.dtype(known[kind]) for kind in known}}
-    return {name: np.zeros(buffer.shape, kinds[buffer.kind]) for name, buffer in layout.items()}
+
+    def made(buffer: Buffer, axis: int = 0) -> Any:
+        if axis < buffer.apart:
+            return [made(buffer, axis + 1) for _ in range(buffer.shape[axis])]
+        return (HOST if buffer.host else buffers).empty(buffer.shape[axis:], kinds[buffer.kind])
+
+    return {name: made(buffer) for name, buffer in layout.items()}

@@ -1,14 +1,16 @@
 """The denoising loop with reuse between steps: what a step's plan says becomes rows of prepared calls.
 
-Calls are prepared when they are first needed, over buffers that are allocated before the loop. A step that runs one guidance
-half gives it all cores. Nothing is read back from the device, except one number per step by adaptive policies, and one
-prediction per step in which all tokens ran by policies that follow changes.
+Before the loop every buffer is allocated (`Buffers`: in the process's memory or on a GPU) and every call prepared that some step
+needs. A step that runs one guidance half gives it all cores. Nothing is read back from a device, except one number per step by
+adaptive policies, and one prediction per step in which all tokens ran by policies that follow changes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import product
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -99,35 +101,71 @@ class ReuseLoop(Loop):
     def __init__(
         self, reuse: Reuse, denoiser: Denoiser, latents: Latents, initial: np.ndarray, grid: tuple[int, int, int]
     ):
+        """`denoiser`: its guidance halves go through the blocks one after the other, since steps may leave one out."""
+        if denoiser.together:
+            raise ValueError("guidance halves must not go through a block together where steps reuse")
         super().__init__(denoiser, latents, initial, grid)
         self._reuse, policy = reuse, reuse.policy
         self._halves_count = len(self._halves)
         guided = self._halves_count == 2
         layout = cache_layout(policy, denoiser.config, reuse.size, guided=guided)
-        self._buffers = allocate(layout, self._pose.dtype, self._shared["proj_weight"].dtype)
-        self._weights = np.zeros((self._halves_count, 2), np.float32)
-        self._change = np.zeros(1, np.float32)
+        self._caches = allocate(layout, self.buffers, self._pose.dtype, self._shared["proj_weight"].dtype)
+        self._weights = [self.buffers.empty((2,), np.float32) for _ in range(self._halves_count)]
+        self._weights_there: list[tuple[float, float] | None] = [None] * self._halves_count
+        self._change = self.buffers.empty((1,), np.float32)
         self._rows: dict[tuple[str, str], list[list[Turn]]] = {}
         self._calls: dict[tuple[object, ...], Call] = {}
         self._difference = KeptDifference(policy.guidance_decay)
-        self._trunks = [TrunkState(of_half) for of_half in self._buffers.get("residuals", ())]
+        self._residuals: Sequence[Sequence[Any]] = self._caches.get("residuals", ())
+        self._trunks = [TrunkState(of_half) for of_half in self._residuals]
         self._decider = Decider(policy, len(reuse.times), guided=guided)
         self._both_prediction = self.prediction
         self._changes: NDArray[np.float32] | None = None  # [N]: of predictions
         self._whole_steps = 0
         if reuse.active is not None:
             self._place_tokens(reuse.active)
+        for step in self._kinds():
+            self._prepare(step)
 
     def _place_tokens(self, active: Tokens) -> None:
         """Everything of the active tokens that is the same in all steps until others are chosen; their number stays."""
-        buffers, text = self._buffers, self._text.shape[1]
-        np.copyto(buffers["active"], active)
-        others = np.setdiff1d(np.arange(self._pose.shape[1]), active)
-        np.copyto(buffers["kept"], others + text)
-        np.take(self._pose, active, axis=1, out=buffers["active_pose"])
+        put, caches, text = self.buffers.put, self._caches, self._text.shape[1]
+        put(caches["active"], active)
+        others = np.setdiff1d(np.arange(self._pose.shape[1], dtype=np.int64), active)
+        put(caches["kept"], others + text)
+        self._tokens_take("pose")()
         rows = np.concatenate([np.arange(text), active + text])
-        for table, taken in zip(self._rope, buffers["active_rope"], strict=True):
-            np.take(table, rows, axis=0, out=taken)
+        for table, taken in zip(self._rope_tables, caches["active_rope"], strict=True):
+            put(taken, table[rows])
+
+    def _kinds(self) -> Iterable[StepPlan]:
+        """Every kind of step that may come."""
+        plan, policy = self._reuse.plan, self._reuse.policy
+        if plan is not None:
+            return dict.fromkeys(plan.steps)
+        halves = (True, False) if policy.reuses_guidance and self._halves_count == 2 else (True,)
+        return [step for both in halves for step in (StepPlan("full", both), StepPlan("reused", both))]
+
+    def _prepare(self, step: StepPlan) -> None:
+        """All calls of such steps."""
+        halves, composed = self._computed(step), step.trunk != "full"
+        self._head_of(step)
+        if self._reuse.policy.adaptive:
+            for turn in range(2):
+                self._trunk_probe(turn)
+        if step.trunk != "reused":
+            self._blocks_of(step)
+        for h in halves:
+            places = range(len(self._residuals[h])) if self._residuals else range(0)
+            if step.trunk == "reused":
+                for newest, before in product(places, repeat=2):
+                    self._trunk_reuse(h, newest, before)
+                continue
+            if composed:
+                self._tokens_take("stem")
+                self._tokens_put(h)
+            for place in places:
+                self._trunk_keep(h, place, composed=composed)
 
     # One step
 
@@ -137,65 +175,80 @@ class ReuseLoop(Loop):
         step = self._next_step()
         self._reuse.done.append(step)
         time = self._reuse.times[len(self._reuse.done) - 1]
-        halves = self._computed(step)
+        halves, composed = self._computed(step), step.trunk != "full"
         if step.keep and self._changes is not None and self._reuse.touched is not None:
             self._place_tokens(choose_tokens(self._reuse.policy, self._reuse.touched, self._changes))
         if step.trunk == "reused":
             for h in halves:
-                self._weights[h] = self._trunks[h].weights(time)
-                self._trunk_reuse(h)()
+                self._weigh(h, self._trunks[h].weights(time))
+                self._trunk_reuse(h, *self._trunks[h].places)()
             return
-        if step.trunk == "tokens":
-            self._tokens_take()()
-            self._run(self._block_rows("tokens_reuse", step.both), check)
-            for h in halves:
+        if composed:
+            self._tokens_take("stem")()
+        self._run(self._blocks_of(step), check)
+        for h in halves:
+            if composed:
                 self._tokens_put(h)()
-        elif step.full and not step.keep:
-            self._run(self._halves, check)
-        else:
-            self._run(self._block_rows("tokens_keep" if step.keep else "block", step.both), check)
-        for h in halves if self._trunks else ():
-            self._trunk_keep(h, composed=step.trunk == "tokens", into=self._trunks[h].keep(time))()
+            if self._trunks:
+                self._trunks[h].keep(time)
+                self._trunk_keep(h, self._trunks[h].places[0], composed=composed)()
+
+    def _weigh(self, h: int, weights: tuple[float, float]) -> None:
+        """Weights of the residuals of half `h`; they are often those of the step before."""
+        if self._weights_there[h] != weights:
+            self.buffers.put(self._weights[h], np.array(weights, np.float32))
+            self._weights_there[h] = weights
 
     def run_head(self, row: np.ndarray, guidance: float, coefficients: np.ndarray, noise: np.ndarray) -> None:
         """Head, guidance and the scheduler's update; `self.latents` holds the result."""
         step = self._reuse.done[-1]
-        composed = step.trunk != "full"
         if step.both:
             self._difference.refreshed()
             self.prediction = self._both_prediction
-            head = self._head_on(composed) if composed else self._head
         else:
             guidance = self._difference.factor(guidance)
-            self.prediction = self._buffers["conditional"]
-            head = self._head_reuse(composed)
-        self._run_head(head, row, guidance, coefficients, noise)
+            self.prediction = self._caches["conditional"]
+        self._run_head(self._head_of(step), row, guidance, coefficients, noise)
         if step.trunk == "full" and self._reuse.policy.follows_changes:
             self._look_at_changes()
 
     def _look_at_changes(self) -> None:
-        """Every token's prediction was computed in this step: how far it is from the last such step's."""
-        whole, now = self._buffers["whole"], self.prediction[-1]
+        """Every token's prediction was computed in this step: how far it is from the last such step's. Waits for it."""
+        whole, now = self._caches["whole"], self.buffers.get(self.prediction[-1])
         if self._whole_steps:
             self._changes = token_changes(whole, now, self._reuse.size)
         np.copyto(whole, now)
         self._whole_steps += 1
 
     def _next_step(self) -> StepPlan:
+        """Adaptive policies wait here for the number that they decide by."""
         plan = self._reuse.plan
         if plan is not None:
             return plan.steps[len(self._reuse.done)]
         number = len(self._reuse.done)
         self._trunk_probe(number % 2)()
-        return self._decider.next(float(self._change[0]) if number else np.inf)
+        return self._decider.next(float(self.buffers.get(self._change)[0]) if number else np.inf)
 
     def _computed(self, step: StepPlan) -> range:
         """The guidance halves that this step computes; the last is the conditional one."""
         return range(self._halves_count) if step.both else range(self._halves_count - 1, self._halves_count)
 
+    def _blocks_of(self, step: StepPlan) -> Sequence[Sequence[Turn]]:
+        """A row of calls for each half that this step computes."""
+        if step.full and not step.keep:
+            return self._halves
+        graph = "tokens_reuse" if step.trunk == "tokens" else "tokens_keep" if step.keep else "block"
+        return self._block_rows(graph, step.both)
+
+    def _head_of(self, step: StepPlan) -> Call:
+        composed = step.trunk != "full"
+        if not step.both:
+            return self._head_reuse(composed)
+        return self._head_on(composed) if composed else self._head
+
     # Calls
 
-    def _call(self, graph: str, key: tuple[object, ...], arrays: Callable[[], Mapping[str, np.ndarray]]) -> Call:
+    def _call(self, graph: str, key: tuple[object, ...], arrays: Callable[[], Mapping[str, Any]]) -> Call:
         name = (graph, *key)
         if name not in self._calls:
             self._calls[name] = self._backend.graph(graph).prepare(arrays())
@@ -204,33 +257,36 @@ class ReuseLoop(Loop):
     def _half(self, h: int) -> slice:
         return slice(h, h + 1)
 
-    def _source(self, composed: bool) -> np.ndarray:
+    def _source(self, composed: bool) -> Any:
         """[B, N, D]: where this step's tokens are: as the last block wrote them, or put together from kept ones."""
-        return self._buffers["composed"] if composed else self._final
+        return self._caches["composed"] if composed else self._final
 
-    def _trunk_keep(self, h: int, *, composed: bool, into: np.ndarray) -> Call:
+    def _trunk_keep(self, h: int, place: int, *, composed: bool) -> Call:
         return self._call(
             "trunk_keep",
-            (h, composed, into.ctypes.data),
-            lambda: {"stem": self._stem_video, "video": self._source(composed)[self._half(h)], "residual": into},
-        )
-
-    def _trunk_reuse(self, h: int) -> Call:
-        state = self._trunks[h]
-        return self._call(
-            "trunk_reuse",
-            (h, state.newest.ctypes.data, state.before.ctypes.data),
+            (h, place, composed),
             lambda: {
                 "stem": self._stem_video,
-                "newest": state.newest,
-                "before": state.before,
+                "video": self._source(composed)[self._half(h)],
+                "residual": self._residuals[h][place],
+            },
+        )
+
+    def _trunk_reuse(self, h: int, newest: int, before: int) -> Call:
+        return self._call(
+            "trunk_reuse",
+            (h, newest, before),
+            lambda: {
+                "stem": self._stem_video,
+                "newest": self._residuals[h][newest],
+                "before": self._residuals[h][before],
                 "weights": self._weights[h],
-                "video_out": self._buffers["composed"][self._half(h)],
+                "video_out": self._caches["composed"][self._half(h)],
             },
         )
 
     def _trunk_probe(self, turn: int) -> Call:
-        modulated = self._buffers["modulated"]
+        modulated = self._caches["modulated"]
         return self._call(
             "trunk_probe",
             (turn,),
@@ -243,14 +299,16 @@ class ReuseLoop(Loop):
             },
         )
 
-    def _tokens_take(self) -> Call:
+    def _tokens_take(self, what: str) -> Call:
+        """The active tokens of `what`, the stem or the pose."""
+        whole = {"stem": self._stem_video, "pose": self._pose}
         return self._call(
             "tokens_take",
-            (),
+            (what,),
             lambda: {
-                "video": self._stem_video,
-                "active": self._buffers["active"],
-                "video_out": self._buffers["active_stem"],
+                "video": whole[what],
+                "active": self._caches["active"],
+                "video_out": self._caches[f"active_{what}"],
             },
         )
 
@@ -260,9 +318,9 @@ class ReuseLoop(Loop):
             (h,),
             lambda: {
                 "video": self._final[self._half(h)],
-                "rows": self._buffers["active_video"][self._caching(h), len(self._blocks) % 2],
-                "active": self._buffers["active"],
-                "video_out": self._buffers["composed"][self._half(h)],
+                "rows": self._caches["active_video"][self._caching(h)][len(self._blocks) % 2],
+                "active": self._caches["active"],
+                "video_out": self._caches["composed"][self._half(h)],
             },
         )
 
@@ -281,7 +339,7 @@ class ReuseLoop(Loop):
                 **self._head_arrays(),
                 "video": self._source(composed)[self._half(self._halves_count - 1)],
                 "kept": self._both_prediction,
-                "prediction": self._buffers["conditional"],
+                "prediction": self._caches["conditional"],
             },
         )
 
@@ -289,7 +347,7 @@ class ReuseLoop(Loop):
 
     def _caching(self, h: int) -> int:
         """The place of half `h` among those that keep keys and values."""
-        return h - (self._halves_count - len(self._buffers["keys"]))
+        return h - (self._halves_count - len(self._caches["keys"]))
 
     def _block_rows(self, graph: str, both: bool) -> list[list[Turn]]:
         """Calls of `graph` for every block, of both halves or of the conditional one.
@@ -298,7 +356,7 @@ class ReuseLoop(Loop):
         """
         key = (graph, BOTH if both else CONDITIONAL)
         if key not in self._rows:
-            halves = range(self._halves_count) if both else range(self._halves_count - 1, self._halves_count)
+            halves = self._computed(StepPlan("full", both))
             lanes = self.lanes if len(halves) > 1 else 1
             self._rows[key] = [self._row_of(graph, h, h % lanes, lanes) for h in halves]
         return self._rows[key]
@@ -316,41 +374,41 @@ class ReuseLoop(Loop):
 
     def _with_narrow_caches(self, graph: str, call: Call, h: int, i: int, lane: int, lanes: int) -> Turn:
         """The block's call, and before or after it what brings its keys and values from int8 or to it."""
-        if graph == "block" or "scales" not in self._buffers:
+        if graph == "block" or "scales" not in self._caches:
             return call
         place, keep = self._caching(h), graph == "tokens_keep"
         narrow = {"keys_narrow": "keys", "values_narrow": "values", "scales": "scales"}
         other = self._backend.graph("cache_narrow" if keep else "cache_widen", lane, lanes).prepare(
-            {**{port: self._buffers[name][place, i] for port, name in narrow.items()}, **self._block_caches(h, i)}
+            {**{port: self._caches[name][place][i] for port, name in narrow.items()}, **self._block_caches(h, i)}
         )
         return _in_turn(call, other) if keep else _in_turn(other, call)
 
-    def _block_caches(self, h: int, i: int) -> dict[str, np.ndarray]:
+    def _block_caches(self, h: int, i: int) -> dict[str, Any]:
         """Keys and values that the graph of block `i` gives or takes, [1, K, D]."""
-        place, buffers = self._caching(h), self._buffers
-        if "scales" in buffers:
-            return {name: buffers[f"wide_{name}"][place] for name in ("keys", "values")}
-        return {name: buffers[name][place, i] for name in ("keys", "values")}
+        place, caches = self._caching(h), self._caches
+        if "scales" in caches:
+            return {name: caches[f"wide_{name}"][place] for name in ("keys", "values")}
+        return {name: caches[name][place][i] for name in ("keys", "values")}
 
-    def _active_arrays(self, h: int, i: int) -> dict[str, np.ndarray]:
+    def _active_arrays(self, h: int, i: int) -> dict[str, Any]:
         """What block `i` of half `h` reads and writes where only the active tokens run."""
-        buffers, place = self._buffers, self._caching(h)
-        video, poses = buffers["active_video"][place], buffers["active_poses"][place]
+        caches, place = self._caches, self._caching(h)
+        video, poses = caches["active_video"][place], caches["active_poses"][place]
         return {
             **self._block_arrays(h, i),
-            "video": video[i % 2] if i else buffers["active_stem"],
-            "pose": poses[i % 2] if i else buffers["active_pose"],
-            "rope_cos": buffers["active_rope"][0],
-            "rope_sin": buffers["active_rope"][1],
+            "video": video[i % 2] if i else caches["active_stem"],
+            "pose": poses[i % 2] if i else caches["active_pose"],
+            "rope_cos": caches["active_rope"][0],
+            "rope_sin": caches["active_rope"][1],
             "video_out": video[(i + 1) % 2],
             "pose_out": poses[(i + 1) % 2],
         }
 
-    def _cache_arrays(self, graph: str, h: int, i: int) -> dict[str, np.ndarray]:
+    def _cache_arrays(self, graph: str, h: int, i: int) -> dict[str, Any]:
         if graph == "block":
             return {}
         arrays = self._block_caches(h, i)
-        return {**arrays, "rows": self._buffers["kept"]} if graph == "tokens_keep" else arrays
+        return {**arrays, "rows": self._caches["kept"]} if graph == "tokens_keep" else arrays
 
 
 def _in_turn(*calls: Turn) -> Turn:

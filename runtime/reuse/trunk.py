@@ -7,8 +7,8 @@ l = ln(a / (1 - a)) / 2 (half the logarithm of the signal-to-noise ratio), in wh
 from __future__ import annotations
 
 import math
-
-import numpy as np
+from collections.abc import Sequence
+from typing import Any
 
 from ..scheduler import Schedule, alphas_cumprod, half_log_snr
 
@@ -22,9 +22,9 @@ def step_times(schedule: Schedule) -> list[float]:
 
 
 class TrunkState:
-    """The residuals of one guidance half: `residuals` [1 or 2, 1, N, D], written in turn, and the times they are of."""
+    """The residuals of one guidance half: `residuals`, 1 or 2 buffers [1, N, D], written in turn, and the times they are of."""
 
-    def __init__(self, residuals: np.ndarray):
+    def __init__(self, residuals: Sequence[Any]):
         self._residuals = residuals
         self.reset()
 
@@ -34,15 +34,20 @@ class TrunkState:
         self._slot = 0
 
     @property
-    def newest(self) -> np.ndarray:
+    def places(self) -> tuple[int, int]:
+        """Of `newest` and `before` among the residuals."""
+        return self._slot, (self._slot - 1) % len(self._residuals) if len(self._times) > 1 else self._slot
+
+    @property
+    def newest(self) -> Any:
         return self._residuals[self._slot]
 
     @property
-    def before(self) -> np.ndarray:
+    def before(self) -> Any:
         """The residual before the newest; the newest itself where only one is kept, or known."""
-        return self._residuals[self._slot - 1] if len(self._times) > 1 else self.newest
+        return self._residuals[self.places[1]]
 
-    def keep(self, time: float) -> np.ndarray:
+    def keep(self, time: float) -> Any:
         """A residual of this time is about to be written into the returned buffer."""
         self._slot = (self._slot + 1) % len(self._residuals)
         self._times = [time, *self._times][: len(self._residuals)]
