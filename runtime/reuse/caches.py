@@ -37,8 +37,8 @@ class Widths:
 class Buffer:
     """An array to allocate.
 
-    apart: over so many of the first axes, every place is an array of its own: engines of a GPU take no view that begins just
-    anywhere. host: only the processor reads it.
+    apart: over so many of the first axes, at most two, every place is an array of its own: engines of a GPU take no view that
+    begins just anywhere. host: only the processor reads it.
     """
 
     shape: tuple[int, ...]
@@ -114,9 +114,13 @@ def allocate(layout: Mapping[str, Buffer], buffers: Buffers, stream: np.dtype, c
     known = {"float": np.float32, "index": np.int64, "int8": np.int8}
     kinds = {"stream": stream, "compute": compute, **{kind: np.dtype(known[kind]) for kind in known}}
 
-    def made(buffer: Buffer, axis: int = 0) -> Any:
-        if axis < buffer.apart:
-            return [made(buffer, axis + 1) for _ in range(buffer.shape[axis])]
-        return (HOST if buffer.host else buffers).empty(buffer.shape[axis:], kinds[buffer.kind])
+    def made(buffer: Buffer) -> Any:
+        place, kind = HOST if buffer.host else buffers, kinds[buffer.kind]
+        outer, shape = buffer.shape[: buffer.apart], buffer.shape[buffer.apart :]
+        if not outer:
+            return place.empty(shape, kind)
+        if len(outer) == 1:
+            return [place.empty(shape, kind) for _ in range(outer[0])]
+        return [[place.empty(shape, kind) for _ in range(outer[1])] for _ in range(outer[0])]
 
     return {name: made(buffer) for name, buffer in layout.items()}
