@@ -44,6 +44,8 @@ from tests.trt_fake_runtime import FakeEngines, engine_set, fake_machine
 
 SHORT = "warmup=1,final=1"
 REUSED = (
+    f"quality,{SHORT}",
+    f"balanced,{SHORT}",
     f"guidance,{SHORT}",
     f"trunk,{SHORT}",
     f"trunk-linear,{SHORT},guidance_period=2",
