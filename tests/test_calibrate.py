@@ -104,7 +104,9 @@ def test_a_source_without_the_graphs_of_reuse_gets_none(bundle15: Path, tmp_path
     )
     calibrate(source, tmp_path / "q", some_samples(1), quick(), threads=1)
     made = read_manifest(tmp_path / "q")
-    assert made.quantization is not None and set(made.quantization.linears) == {"block", "modulation", "text_block"}
+    assert made.quantization is not None and set(made.quantization.linears) == {
+        *("block", "modulation", "conditioning", "text_block")
+    }
     assert not any("tokens" in name for name in made.graphs)
 
 

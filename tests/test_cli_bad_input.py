@@ -178,7 +178,7 @@ WRONG: dict[str, tuple[dict[str, Any], int, tuple[str, ...]]] = {
     "fit": ({"fit": "crop"}, 2, ("--fit", "'crop'", "cover")),
     "tiling": ({"tiling": "yes"}, 2, ("--tiling", "'yes'", "auto")),
     "reuse": ({"reuse": "fast"}, 2, ("--reuse 'fast'", "off")),
-    "backend": ({"backend": "tensorrt"}, 5, ("TensorRT", "--backend onnxruntime")),
+    "backend": ({"backend": "tensorrt"}, 5, ("NVIDIA", "--backend onnxruntime")),
     "backend-unknown": ({"backend": "cuda"}, 2, ("--backend", "'cuda'")),
     "threads": ({"threads": 0}, 2, ("--threads 0", "1 to 1024")),
     "threads-many": ({"threads": 10**6}, 2, ("--threads 1000000", "1 to 1024")),

@@ -27,7 +27,8 @@ Capture = pytest.CaptureFixture[str]
 
 WORKSTATIONS = ("rtx30", "rtx40", "rtx50")
 PRECISIONS = ("fp16", "bf16", "fp32")
-POINTWISE = ("trunk_keep", "trunk_reuse", "tokens_take", "tokens_put")  # from inputs to outputs with nothing in between
+# From inputs to outputs with nothing in between.
+POINTWISE = ("trunk_keep", "trunk_reuse", "tokens_take", "tokens_put", "cache_widen")
 # The models in every precision, for every capability that has it; float32 attention has no fused kernel. The checkpoint with
 # the stored table has the 1.0 model's text encoder and VAE, which are not built twice.
 CASES = [

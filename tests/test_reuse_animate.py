@@ -72,7 +72,9 @@ def test_a_bundle_that_was_quantized_before_token_reuse_is_refused_with_the_way_
 
     edit(old, forget)
     animator = Animator.from_bundle(old, cache=False)
-    with pytest.raises(BundleError, match=r"Calibrate its source again: dynamictrl calibrate.*off, guidance, trunk"):
+    with pytest.raises(
+        BundleError, match=r"Calibrate its source again: dynamictrl calibrate.*off, quality, balanced, guidance, trunk"
+    ):
         animator.start(**arguments(CASE, reuse="tokens"))
     animator.start(**arguments(CASE, reuse="trunk"))
 
@@ -107,7 +109,7 @@ def test_the_help_names_every_policy() -> None:
 @pytest.mark.parametrize(
     ("reuse", "words"),
     [
-        ("fast", ("--reuse 'fast'", "off, guidance, trunk")),
+        ("fast", ("--reuse 'fast'", "off, quality, balanced, guidance, trunk")),
         ("trunk,trunk_threshold=1", ("contradict",)),
         ("tokens,token_share=2", ("token_share=2.0", "0 to 1")),
     ],
@@ -140,4 +142,4 @@ def test_caches_beyond_the_budget_are_refused_before_any_work(
         animator.start(**arguments(CASE, reuse="tokens"))
     animator.start(**arguments(CASE, reuse="trunk"))
     with pytest.raises(UsageError):
-        animator.start(**arguments(CASE, reuse="quality"))
+        animator.start(**arguments(CASE, reuse="fast"))

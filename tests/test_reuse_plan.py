@@ -143,7 +143,7 @@ def test_a_policy_reads_as_a_name_with_changes() -> None:
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("fast", "'fast' is not known; use one of off, guidance, trunk"),
+        ("fast", "'fast' is not known; use one of off, quality, balanced, guidance, trunk"),
         ("", "'' is not known"),
         ("off,warmup=2", "'off' has no settings"),
         ("trunk,period=2", "'period=2' is no setting.*trunk_period"),

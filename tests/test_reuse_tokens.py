@@ -246,6 +246,8 @@ def test_token_steps_must_take_the_weights_of_quantized_blocks() -> None:
     check("combined")
     for kind in ("tokens_keep", "tokens_reuse"):
         for mixture, others in (("", None), ("", ("qkv",)), ("_keeps_out", None), ("_keeps_out", ("qkv", "out"))):
-            with pytest.raises(BundleError, match=r"was quantized by a version.*off, guidance, trunk"):
+            with pytest.raises(
+                BundleError, match=r"was quantized by a version.*off, quality, balanced, guidance, trunk"
+            ):
                 check("combined", **{kind + mixture: others})
             check("trunk", **{kind + mixture: others})
