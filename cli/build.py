@@ -189,12 +189,9 @@ def _tile(text: str, compression: int) -> tuple[int, int]:
 
 def _workers(flavour: str) -> int:
     """TensorRT times kernels on the GPU, which two builds at once would disturb; each build may need 3 GB."""
-    import os
+    from ..runtime.measure import cores
 
-    if flavour == "tensorrt":
-        return 1
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(4, cores))
+    return 1 if flavour == "tensorrt" else max(1, min(4, cores()))
 
 
 def _watcher(progress: Progress) -> Any:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import importlib.util
-import os
 import platform
 import shutil
 from dataclasses import asdict, dataclass
@@ -56,7 +55,9 @@ def command(bundle: Path | None, as_json: bool) -> None:
 
 
 def _machine() -> list[Finding]:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    from ..runtime.measure import cores, physical_memory
+
+    memory = physical_memory()
     python_ok = (3, 10) <= tuple(map(int, platform.python_version_tuple()[:2])) < (3, 14)
     free = shutil.disk_usage(".").free
     return [
@@ -67,17 +68,10 @@ def _machine() -> list[Finding]:
             "animate",
             "install Python 3.10 to 3.13",
         ),
-        Finding("processor", "info", f"{cores} cores, {platform.machine()}", "animate"),
-        Finding("memory", "info", _memory(), "animate"),
+        Finding("processor", "info", f"{cores()} cores, {platform.machine()}", "animate"),
+        Finding("memory", "info", "unknown" if memory is None else f"{memory / 1e9:.1f} GB", "animate"),
         Finding("disk here", "info", f"{free / 1e9:.1f} GB free", "export"),
     ]
-
-
-def _memory() -> str:
-    try:
-        return f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 1e9:.1f} GB"
-    except (ValueError, OSError, AttributeError):
-        return "unknown"
 
 
 def _packages() -> list[Finding]:

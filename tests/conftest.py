@@ -14,6 +14,7 @@ from hypothesis import settings
 
 from tests.cli_samples import without_graphs
 from tests.golden import model_dir
+from tests.gpu_samples import TRT, Machinery, assert_nothing_left, machinery, with_engines
 
 # The same examples in every run; what a search finds elsewhere becomes an explicit example.
 settings.register_profile("steady", derandomize=True, deadline=None)
@@ -167,3 +168,18 @@ def demo(share: Share) -> Path:
 def pocket_bundle(demo: Path) -> Path:
     """float32 bundle of the pocket model."""
     return demo / "bundle"
+
+
+@pytest.fixture(scope="module")
+def root(bundle10: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The golden model with engines; a module may have its own."""
+    return with_engines(bundle10, tmp_path_factory.mktemp("gpu"), TRT)
+
+
+@pytest.fixture
+def gpu(root: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Machinery]:
+    """A backend on fakes that must leave nothing behind."""
+    made = machinery(root, TRT, monkeypatch)
+    yield made
+    made.animator.close()
+    assert_nothing_left(made)

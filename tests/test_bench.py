@@ -8,7 +8,7 @@ import json
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +25,9 @@ from dynamictrl_edge.runtime.measure import NumpyCeiling, numpy_ceiling
 from dynamictrl_edge.runtime.timeline import STEP, CopySpan, Part, Timeline, hidden_seconds
 from tests.cli_samples import flags, listing, refused
 from tests.cuda_fakes import FakeCuda
-from tests.gpu_samples import TINY, Machinery, machinery, zeros
+from tests.gpu_samples import TINY, TRT, Machinery, look, machinery, with_engines, zeros
 from tests.test_animator import arguments
-from tests.test_gpu_backend import TRT, assert_nothing_left, look, with_engines
-from tests.test_lean import HEAVY
+from tests.test_lean import WITHOUT_HEAVY
 from tests.trt_fake_runtime import FakeEngines, fake_machine
 
 Capture = pytest.CaptureFixture[str]
@@ -47,20 +46,6 @@ def ceiling(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="module")
 def animator(bundle10: Path) -> Animator:
     return Animator.from_bundle(bundle10, cache=False, threads=1)
-
-
-@pytest.fixture(scope="module")
-def root(bundle10: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The golden model with engines."""
-    return with_engines(bundle10, tmp_path_factory.mktemp("bench"), TRT)
-
-
-@pytest.fixture
-def gpu(root: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Machinery]:
-    made = machinery(root, TRT, monkeypatch)
-    yield made
-    made.animator.close()
-    assert_nothing_left(made)
 
 
 def command(bundle: Path, **options: Any) -> list[str]:
@@ -501,12 +486,7 @@ def test_an_interrupt_leaves_the_older_file(
 
 def test_it_runs_where_the_heavy_libraries_cannot_be_imported(bundle10: Path) -> None:
     code = f"""
-import sys
-class Refuse:
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in {HEAVY!r}:
-            raise ImportError("not part of the base install: " + name)
-sys.meta_path.insert(0, Refuse())
+{WITHOUT_HEAVY}
 from dynamictrl_edge.runtime import bench
 bench.numpy_ceiling = lambda threads, seconds: None
 from dynamictrl_edge.cli.main import main

@@ -6,11 +6,8 @@ Nothing here ran on a GPU. The driver is `cuda_fakes`, the engines are ONNX Runt
 from __future__ import annotations
 
 import gc
-import json
 import re
-import shutil
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +16,6 @@ import pytest
 
 from dynamictrl_edge.bundle.errors import BundleError, DeviceError, Interrupted
 from dynamictrl_edge.bundle.store import Bundle
-from dynamictrl_edge.cli.main import run
-from dynamictrl_edge.engines.machine import Gpu, Machine
 from dynamictrl_edge.runtime import Animator, Clip
 from dynamictrl_edge.runtime.backends import cuda as cuda_door
 from dynamictrl_edge.runtime.backends import ring as ring_module
@@ -28,24 +23,26 @@ from dynamictrl_edge.runtime.backends.gpu import SLACK, TensorRTBackend
 from dynamictrl_edge.runtime.backends.onnxruntime import OnnxRuntimeBackend
 from dynamictrl_edge.runtime.backends.ring import Layout
 from dynamictrl_edge.runtime.memory import MemoryPlan
-from tests.cli_samples import animate, refused, small_inputs
 from tests.conftest import Export
 from tests.cuda_fakes import FakeCuda, Hazard
-from tests.gpu_samples import SIZES, TINY, Machinery, machinery, zeros
+from tests.gpu_samples import (
+    IN_THE_LOOP,
+    RTX,
+    TINY,
+    TRT,
+    Machinery,
+    assert_nothing_left,
+    assert_same,
+    machinery,
+    on_processor,
+    with_engines,
+    zeros,
+)
 from tests.test_animator import arguments
-from tests.trt_fake_runtime import FakeEngines, engine_set, fake_machine
+from tests.trt_fake_runtime import FakeEngines, fake_machine
 from tests.trt_snapshot import ALL
 
-TRT, RTX = "tensorrt-10.13.3.9", "tensorrt_rtx-1.7.1.116"
 CASE = "pipeline10_cfg3"
-
-
-def with_engines(bundle: Path, folder: Path, *versions: str, batch: int = 1) -> Path:
-    root = folder / "bundle"
-    shutil.copytree(bundle, root)
-    for version in versions:
-        engine_set(root, version, sizes=SIZES, batch=batch)
-    return root
 
 
 @pytest.fixture(scope="module")
@@ -54,34 +51,9 @@ def root(bundle10: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return with_engines(bundle10, tmp_path_factory.mktemp("gpu"), *ALL)
 
 
-@pytest.fixture
-def gpu(root: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Machinery]:
-    made = machinery(root, TRT, monkeypatch)
-    yield made
-    made.animator.close()
-    assert_nothing_left(made)
-
-
-def assert_nothing_left(made: Machinery) -> None:
-    gc.collect()
-    cuda = made.cuda
-    assert (cuda.memory, cuda.locked, cuda.retained) == (0, 0, 1)
-    assert not +cuda.live, cuda.live
-    assert cuda.stack == ["the host application's"]
-
-
-def on_processor(root: Path, **wanted: Any) -> Clip:
-    return Animator(Bundle(root), OnnxRuntimeBackend(Bundle(root), threads=1), cache=False)(**wanted)
-
-
 @pytest.fixture(scope="module")
 def reference(root: Path) -> Clip:
     return on_processor(root, **arguments(CASE))
-
-
-def assert_same(clip: Clip, reference: Clip) -> None:
-    assert np.array_equal(clip.latents, reference.latents)
-    assert np.array_equal(clip.frames, reference.frames)
 
 
 # The same numbers
@@ -267,17 +239,6 @@ def test_without_one_of_its_waits_the_ring_is_caught(
     with pytest.raises(Hazard):
         gpu.animator(**arguments(CASE))
     gpu.cuda.races = False  # what is left of it ends in peace
-
-
-IN_THE_LOOP = {
-    "Context.push",
-    "Event.record",
-    "Event.synchronize",
-    "Stream.wait_for_event",
-    "execute_async_v3",
-    "memcpy_dtod_async",
-    "memcpy_htod_async",
-}
 
 
 @pytest.mark.parametrize(("resident", "ring"), [(3, 0), (0, 2)])
@@ -592,155 +553,3 @@ def test_rtx_keeps_its_kernels_in_the_set_and_compiles_at_once(
         last.animator.close()
     finally:
         file.parent.chmod(0o755)
-
-
-# Which backend
-
-
-GPU = Machine(
-    gpu=Gpu("Fake GPU", (8, 9), "580.65.06", 8 << 30), flavours={"tensorrt": "10.13.3.9"}, platform="linux-x86_64"
-)
-
-
-def look(monkeypatch: pytest.MonkeyPatch, machine: Machine) -> None:
-    gpus = ([] if machine.gpu is None else [machine.gpu], machine.no_gpu)
-    monkeypatch.setattr("dynamictrl_edge.engines.machine.look_at_gpus", lambda: gpus)
-    monkeypatch.setattr("dynamictrl_edge.engines.machine.look_at_machine", lambda **_: machine)
-
-
-def test_auto_takes_the_gpu_where_engines_fit(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    cuda = FakeCuda(races=False).install(monkeypatch)
-    FakeEngines(TRT, root, cuda).install(monkeypatch)
-    look(monkeypatch, fake_machine(TRT, cuda))
-    animator = Animator.from_bundle(root)
-    assert animator.backend.name == "tensorrt"
-    animator.close()
-    assert (cuda.memory, cuda.locked) == (0, 0)
-
-
-def test_auto_passes_over_a_gpu_with_a_reason(bundle10: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    look(monkeypatch, GPU)
-    animator = Animator.from_bundle(bundle10, cache=False)
-    assert animator.backend.name == "onnxruntime"
-    clip = animator(**TINY)
-    assert any("not on the GPU" in text and "dynamictrl build" in text for text in clip.notices)
-
-
-def test_auto_says_nothing_where_there_is_no_gpu(bundle10: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    look(monkeypatch, Machine(gpu=None, no_gpu="none here"))
-    assert Animator.from_bundle(bundle10, cache=False)(**TINY).notices == on_processor(bundle10, **TINY).notices
-
-
-def test_tensorrt_without_a_gpu_is_refused(bundle10: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    look(monkeypatch, Machine(gpu=None, no_gpu="none here"))
-    with pytest.raises(DeviceError, match=r"none here.*--backend onnxruntime"):
-        Animator.from_bundle(bundle10, backend="tensorrt")
-
-
-def test_a_bundle_that_no_backend_takes_tells_both_reasons(
-    bundle10: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from tests.engine_samples import edit
-
-    shutil.copytree(bundle10, tmp_path / "bundle")
-    edit(tmp_path / "bundle", lambda manifest: manifest.update(precision="bf16"))
-    look(monkeypatch, GPU)
-    with pytest.raises(DeviceError, match=r"bf16.*On the GPU: .*has no engines"):
-        Animator.from_bundle(tmp_path / "bundle")
-
-
-# pycuda and the driver
-
-
-def test_missing_pycuda_and_driver_are_named(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import builtins
-
-    real = builtins.__import__
-
-    def refuse(error: Exception) -> None:
-        def imported(name: str, *rest: Any) -> Any:
-            if name.partition(".")[0] == "pycuda":
-                raise error
-            return real(name, *rest)
-
-        monkeypatch.setattr(builtins, "__import__", imported)
-
-    machine = fake_machine(TRT, FakeCuda())
-    for error, words in (
-        (ModuleNotFoundError("No module named 'pycuda'", name="pycuda"), "pip install pycuda"),
-        (ImportError("libcuda.so.1: cannot open shared object file"), r"driver is not installed.*nvidia\.com/drivers"),
-        (ImportError("_driver.so: undefined symbol: cuX"), "built for another CUDA"),
-    ):
-        refuse(error)
-        with pytest.raises(DeviceError, match=words):
-            TensorRTBackend.open(Bundle(root), machine=machine)
-
-
-@pytest.mark.parametrize(
-    ("text", "words"),
-    [
-        ("cuInit failed: no CUDA-capable device is detected", "CUDA finds no GPU"),
-        ("cuInit failed: CUDA driver version is insufficient for CUDA runtime version", "driver is too old"),
-    ],
-)
-def test_what_the_driver_says_at_the_start(text: str, words: str, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    cuda = FakeCuda().install(monkeypatch)
-    cuda.fail = lambda name: cuda.error(text, "RuntimeError") if name == "init" else None
-    with pytest.raises(DeviceError, match=words):
-        TensorRTBackend.open(Bundle(root), machine=fake_machine(TRT, cuda))
-
-
-def test_another_gpu_than_nvidia_smi_lists_first_is_told(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    cuda = FakeCuda(capability=(8, 9)).install(monkeypatch)
-    machine = fake_machine(TRT, cuda)
-    cuda.capability = (7, 5)
-    with pytest.raises(DeviceError, match=r"Fake GPU \(SM75\).*CUDA_DEVICE_ORDER"):
-        TensorRTBackend.open(Bundle(root), machine=machine)
-
-
-# The command line
-
-
-def test_animate_on_the_gpu_gives_it_back(
-    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    cuda = FakeCuda(races=False).install(monkeypatch)
-    FakeEngines(TRT, root, cuda).install(monkeypatch)
-    look(monkeypatch, fake_machine(TRT, cuda))
-    line = animate(root, small_inputs(tmp_path), tmp_path / "clip.mp4", backend="tensorrt", json=True)
-    assert run(line) == 0
-    told = json.loads(capsys.readouterr().out)
-    assert (told["backend"], told["frames"], told["resident_blocks"]) == ("tensorrt", 5, 3)
-    assert told["planned_peak_gb"] > 0.6
-    gc.collect()
-    assert (cuda.memory, cuda.locked) == (0, 0)
-
-
-def test_animate_on_a_gpu_that_fails_ends_with_5_and_gives_it_back(
-    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    cuda = FakeCuda(races=False).install(monkeypatch)
-    engines = FakeEngines(TRT, root, cuda).install(monkeypatch)
-    look(monkeypatch, fake_machine(TRT, cuda))
-    cuda.fail = lambda name: (
-        cuda.error("cuMemcpy failed: unspecified launch failure", "LaunchError")
-        if engines.runs.count("block") == 4
-        else None
-    )
-    inputs = small_inputs(tmp_path)
-    refused(
-        capsys,
-        tmp_path,
-        animate(root, inputs, tmp_path / "clip.mp4", backend="tensorrt"),
-        5,
-        "Step 2 of 2: block 0",
-        "launch failure",
-    )
-
-
-def test_animate_with_tensorrt_and_no_gpu_ends_with_5(
-    bundle10: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    look(monkeypatch, Machine(gpu=None, no_gpu="no nvidia-smi, so no NVIDIA driver"))
-    line = animate(bundle10, small_inputs(tmp_path), tmp_path / "clip.mp4", backend="tensorrt")
-    refused(capsys, tmp_path, line, 5, "no NVIDIA driver", "--backend onnxruntime")

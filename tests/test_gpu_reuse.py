@@ -9,7 +9,6 @@ import gc
 import json
 import re
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,16 +28,20 @@ from tests.cli_samples import animate, small_inputs
 from tests.conftest import Export, Quantized
 from tests.cuda_fakes import FakeCuda
 from tests.engine_samples import edit
-from tests.gpu_samples import SIZES, TINY, Machinery, machinery, zeros
-from tests.test_gpu_backend import (
+from tests.gpu_samples import (
     IN_THE_LOOP,
     RTX,
+    SIZES,
+    TINY,
     TRT,
+    Machinery,
     assert_nothing_left,
     assert_same,
     look,
+    machinery,
     on_processor,
     with_engines,
+    zeros,
 )
 from tests.trt_fake_runtime import FakeEngines, engine_set, fake_machine
 
@@ -76,20 +79,6 @@ def wanted(reuse: str, *, size: tuple[int, int, int] = (32, 48, 9), **changes: A
         "reuse": reuse,
         **changes,
     }
-
-
-@pytest.fixture(scope="module")
-def root(bundle10: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The golden model with engines."""
-    return with_engines(bundle10, tmp_path_factory.mktemp("gpu"), TRT)
-
-
-@pytest.fixture
-def gpu(root: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Machinery]:
-    made = machinery(root, TRT, monkeypatch)
-    yield made
-    made.animator.close()
-    assert_nothing_left(made)
 
 
 # The same numbers

@@ -24,6 +24,16 @@ HEAVY = (
     "pycuda",
 )
 
+# The beginning of a program in which they cannot be imported.
+WITHOUT_HEAVY = f"""
+import sys
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {HEAVY!r}:
+            raise ImportError("not part of the base install: " + name)
+sys.meta_path.insert(0, Refuse())
+"""
+
 
 def run(code: str, *arguments: str) -> str:
     return subprocess.run([sys.executable, "-c", code, *arguments], check=True, capture_output=True, text=True).stdout
@@ -49,12 +59,7 @@ def test_a_clip_is_made_where_the_heavy_libraries_cannot_be_imported(bundle10: P
     tensors, facts = case("pipeline10_nocfg")
     np.savez(tmp_path / "inputs.npz", image=tensors["image_u8"], pose=tensors["control_u8"])
     code = f"""
-import sys
-class Refuse:
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in {HEAVY!r}:
-            raise ImportError("not part of the base install: " + name)
-sys.meta_path.insert(0, Refuse())
+{WITHOUT_HEAVY}
 import numpy as np
 from dynamictrl_edge.cli.main import cli
 from dynamictrl_edge.runtime import Animator
