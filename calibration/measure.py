@@ -26,6 +26,7 @@ from .block_graph import LINEARS, MODULATION_LINEARS, quantized
 from .blocks import BlockCandidate, widened
 from .conditioning import narrowed_graph
 from .graphs import read_model
+from .observe import room_for
 from .work import Trajectory
 
 __all__ = ["Measurer", "output_snr", "spread_steps"]
@@ -65,7 +66,8 @@ class Measurer:
         check: Callable[[], None] = lambda: None,
     ):
         self._bundle, self._blocks = bundle, blocks
-        self._backend = _Candidates(bundle, backend, scheme, blocks)
+        stored = sum(block.exact.nbytes + block.narrow.nbytes for block in blocks)
+        self._backend = _Candidates(bundle, backend, scheme, blocks, keep=room_for(stored))
         self._guidance, self._steps, self._check = guidance, tuple(steps), check
         self._part = Schedule(
             schedule.config, len(steps), schedule.timesteps[list(steps)], tuple(schedule.steps[i] for i in steps)
@@ -168,6 +170,7 @@ class _Candidates:
     step: int = 0
     name: str = "onnxruntime"
     lanes: int = 1
+    keep: bool = True  # whether the blocks' mapped pages stay after use
     scratch: dict[str, np.ndarray] = field(default_factory=dict)
     loaded: dict[frozenset[str], OrtGraph] = field(default_factory=dict)
     conditioning: _Conditioning | None = None
@@ -194,9 +197,15 @@ class _Candidates:
                 self.loaded[linears] = self.backend.load("block_candidate", spec_of(made, ""), made.SerializeToString())
         return self.loaded[linears]
 
-    def prepare(self, block: int, linears: frozenset[str], arrays: Mapping[str, np.ndarray]) -> _Variant:
+    def prepare(
+        self,
+        block: int,
+        linears: frozenset[str],
+        arrays: Mapping[str, np.ndarray],
+        after: Callable[[], None] | None = None,
+    ) -> _Variant:
         candidate = self.blocks[block]
-        return _Variant(self.variant(linears), candidate.weights(linears), candidate.row_scale(linears), arrays)
+        return _Variant(self.variant(linears), candidate.weights(linears), candidate.row_scale(linears), arrays, after)
 
 
 class _CandidateGraph:
@@ -212,7 +221,8 @@ class _CandidateGraph:
     def prepare(self, arrays: Mapping[str, np.ndarray]) -> _Variant | _Comparison:
         candidates, block = self._candidates, self._block
         if not self._measured:
-            return candidates.prepare(block, candidates.chosen[block], arrays)
+            release = None if candidates.keep else candidates.blocks[block].release
+            return candidates.prepare(block, candidates.chosen[block], arrays, release)
         return _Comparison(candidates, block, arrays)
 
 
@@ -230,7 +240,7 @@ class _Conditioning:
 
 
 class _Variant:
-    """A prepared call whose modulation rows are multiplied on the way in."""
+    """A prepared call whose modulation rows are multiplied on the way in. `after`: called when it has run."""
 
     def __init__(
         self,
@@ -238,7 +248,9 @@ class _Variant:
         weights: Mapping[str, np.ndarray],
         factors: np.ndarray | None,
         arrays: Mapping[str, np.ndarray],
+        after: Callable[[], None] | None = None,
     ):
+        self._after = after
         self._rows, self._factors = arrays["modulation"], factors
         self._scaled = self._rows if factors is None else np.empty_like(self._rows)
         self._call: OrtCall = graph.prepare({**arrays, **weights, "modulation": self._scaled})
@@ -250,6 +262,8 @@ class _Variant:
         if self._factors is not None:
             np.multiply(self._rows, self._factors, out=self._scaled)
         self._call()
+        if self._after is not None:
+            self._after()
 
 
 class _Comparison:

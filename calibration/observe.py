@@ -174,10 +174,16 @@ def _block_bytes(manifest: Manifest) -> int:
 
 def _resident(animator: Animator, ready: Prepared, plan: Plan) -> int:
     """How many blocks stay in memory: all, or none where that would take more than the machine's share."""
-    manifest, physical = animator.bundle.manifest, physical_memory()
+    manifest = animator.bundle.manifest
     layers = manifest.transformer.num_layers
     needed = observing_bytes(manifest, ready.run.geometry, plan) + layers * _block_bytes(manifest)
-    return layers if physical is None or needed <= SHARE * physical else 0
+    return layers if room_for(needed) else 0
+
+
+def room_for(nbytes: int) -> bool:
+    """Whether calibrating may hold so many bytes on this machine."""
+    physical = physical_memory()
+    return physical is None or nbytes <= SHARE * physical
 
 
 class _Trace:
