@@ -91,6 +91,9 @@ class SeedList(click.ParamType):
     help="Budget in GB, of main memory or the GPU's. [default: no limit; on a GPU, what is free]",
 )
 @click.option("--backend", type=click.Choice(["auto", "onnxruntime", "tensorrt"]), default="auto", show_default=True)
+@click.option(
+    "--cuda-graphs", is_flag=True, help="On a GPU, launch each step as one CUDA graph, where all weights stay."
+)
 @click.option("--threads", type=int, help="Processor cores to use. [default: all]")
 @click.option("--no-cache", is_flag=True, help="Do not keep prompt embeddings on disk.")
 @click.option("--save-latents", type=click.Path(path_type=Path), help="Also write the final latents as a .npy file.")
@@ -118,6 +121,7 @@ def command(
     reuse: str,
     memory: float | None,
     backend: str,
+    cuda_graphs: bool,
     threads: int | None,
     no_cache: bool,
     save_latents: Path | None,
@@ -134,7 +138,9 @@ def command(
     targets = [(seed, _for_seed(out, seed, seeds), _latents_for_seed(save_latents, seed, seeds)) for seed in seeds]
     for _, video, latents in targets:
         _check_targets(video, latents, inputs=(image, pose, bundle))
-    opened = Animator.from_bundle(bundle, backend=backend, memory=memory, threads=threads, cache=not no_cache)
+    opened = Animator.from_bundle(
+        bundle, backend=backend, memory=memory, threads=threads, cache=not no_cache, cuda_graphs=cuda_graphs
+    )
     with contextlib.closing(opened) as animator:
         results = []
         told: set[str] = set()

@@ -30,6 +30,9 @@ from .console import Bars, json_option, note, print_json, results, verbose_optio
     type=float,
     help="Budget in GB, of main memory or the GPU's. [default: no limit; on a GPU, what is free]",
 )
+@click.option(
+    "--cuda-graphs", is_flag=True, help="On a GPU, launch each step as one CUDA graph, where all weights stay."
+)
 @click.option("--threads", type=int, help="Processor cores to use. [default: all]")
 @click.option("--reuse", default="off", show_default=True, help="What steps reuse, as for animate.")
 @click.option("--out", type=click.Path(path_type=Path), metavar="FILE", help="Also write the JSON into this file.")
@@ -44,6 +47,7 @@ def command(
     warmup: int,
     backend: str,
     memory: float | None,
+    cuda_graphs: bool,
     threads: int | None,
     reuse: str,
     out: Path | None,
@@ -72,7 +76,9 @@ def command(
     )
     if out is not None:
         _check_out(out, bundle)
-    opened = Animator.from_bundle(bundle, backend=backend, memory=memory, threads=threads, cache=False)
+    opened = Animator.from_bundle(
+        bundle, backend=backend, memory=memory, threads=threads, cache=False, cuda_graphs=cuda_graphs
+    )
     with contextlib.closing(opened) as animator, working(as_json) as progress:
         found = bench(animator, settings, Bars(progress))
     if out is not None:

@@ -197,8 +197,11 @@ def _configure(trt: ModuleType, job: EngineJob, builder: Any, network: Any, log:
                 raise DeviceError(
                     f"This TensorRT-RTX ({trt.__version__}) does not build for {names}. Update tensorrt-rtx."
                 )
-            create = polygraphy.config(compute_capabilities=list(job.capabilities), **common)
-            return create(builder, network)
+            config = polygraphy.config(compute_capabilities=list(job.capabilities), **common)(builder, network)
+            if has(trt, "BuilderFlag.REQUIRE_USER_ALLOCATION"):
+                # All memory from the runtime's arena, as planned; and runs can be recorded as CUDA graphs.
+                config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)
+            return config
         if job.version_compatible:
             common.update(version_compatible=True, exclude_lean_runtime=True)
         return polygraphy.config(**common)(builder, network)

@@ -102,8 +102,17 @@ class Animator:
     Graphs are loaded when they are first needed and weights stay mapped, so creating an animator is quick.
     """
 
-    def __init__(self, bundle: Bundle, backend: Backend, *, memory: float | None = None, cache: bool = True):
+    def __init__(
+        self,
+        bundle: Bundle,
+        backend: Backend,
+        *,
+        memory: float | None = None,
+        cache: bool = True,
+        cuda_graphs: bool = False,
+    ):
         """`memory`: budget in GB (1e9 bytes) for the whole process; None: no limit. `cache`: keep prompt embeddings on disk.
+        `cuda_graphs`: launch each denoising step as one CUDA graph where that is possible; else a notice says why it is not.
 
         Raises `BundleError` if the bundle lacks what an animation needs.
         """
@@ -119,6 +128,7 @@ class Animator:
         self.scheduler = SchedulerConfig.from_dict(manifest.scheduler, source=str(bundle.root / MANIFEST_NAME))
         self._text = TextStage(bundle, backend, cache=cache)
         self._denoiser: Denoiser | None = None
+        self._cuda_graphs = cuda_graphs
         self._cancelled = threading.Event()
         self._notice = ""  # why this backend, for the person who asked
 
@@ -131,11 +141,12 @@ class Animator:
         memory: float | None = None,
         threads: int | None = None,
         cache: bool = True,
+        cuda_graphs: bool = False,
     ) -> Animator:
         """Opens a bundle folder.
 
         `backend`: onnxruntime (processor), tensorrt (NVIDIA GPU), or auto: the GPU if engines in the bundle fit it, else the
-        processor. `threads`: processor cores to use, 1 to 1024, default all.
+        processor. `threads`: processor cores to use, 1 to 1024, default all. `cuda_graphs`: see the class.
 
         Raises:
             BundleError: the bundle is missing, damaged or of another version; or, for tensorrt, no engine set fits.
@@ -148,7 +159,7 @@ class Animator:
         if backend not in ("auto", "onnxruntime", "tensorrt"):
             raise UsageError(f"--backend {backend!r} is not known; use auto, onnxruntime or tensorrt.")
         chosen, notice = _choose(bundle, backend, threads)
-        made = cls(bundle, chosen, memory=memory, cache=cache)
+        made = cls(bundle, chosen, memory=memory, cache=cache, cuda_graphs=cuda_graphs)
         made._notice = notice
         return made
 
@@ -390,7 +401,7 @@ class Animator:
         self._denoiser.resident_blocks = run.plan.resident_blocks
         self._denoiser.side_by_side = run.plan.budget is None
         self._denoiser.together = run.plan.batch == 2
-        self._denoiser.timeline = run.timeline
+        self._denoiser.timeline, self._denoiser.record = run.timeline, self._cuda_graphs
         reuse = self._reuse(run, self._denoiser, schedule)
         progress("denoise", 0, len(schedule))
         steps = self._denoiser.denoise(
@@ -406,6 +417,8 @@ class Animator:
         for step in steps:
             yield step
             progress("denoise", step.index + 1, len(schedule))
+        if reason := self._denoiser.not_recorded:
+            run.notices.append(f"The steps did not run as CUDA graphs: {reason}.")
         if reuse is not None:
             run.reuse = reuse.report(self._denoiser.config, self.bundle.manifest.precision)
             run.notices += run.reuse.notices()

@@ -19,7 +19,7 @@ import numpy as np
 from ..bundle.config import TransformerConfig
 from ..bundle.errors import DeviceError
 from ..bundle.store import Bundle
-from .backends.base import Backend, BlockWeights, Buffers, Call
+from .backends.base import Backend, BlockWeights, Buffers, Call, Recording
 from .backends.host import HOST, BlockStore
 from .embeddings import timestep_sinusoid
 from .noise import NoiseSource
@@ -92,9 +92,12 @@ class Denoiser:
 
         `side_by_side`: whether guidance halves may run at once where the backend gains from it. `together`: whether they go
         through a block as one batch. `timeline`: what the next loop's parts are measured with; None: they are not.
+        `record`: from the second step on, a device repeats what it was shown once (a CUDA graph), if all weights stay;
+        `not_recorded`: why the last loop was not, "" if it was or was not asked to be.
         """
         self.side_by_side, self.together = True, False
         self.timeline: Timeline | None = None
+        self.record, self.not_recorded = False, ""
         self.config: TransformerConfig = bundle.manifest.transformer
         self._backend = backend
         self._bundle = bundle
@@ -167,12 +170,23 @@ class Denoiser:
         recording = nullcontext() if timeline is None else timeline.recording(self.buffers)
         with recording, closing((make_loop or Loop)(self, latents, initial, grid)) as loop:
             blocks, head = map(self.buffers.hold, tables)
+            self.not_recorded = "steps reuse what earlier ones computed" if self.record and make_loop else ""
             for index, (timestep, step) in enumerate(zip(schedule.timesteps, schedule.steps, strict=True)):
                 with _at(f"Step {index + 1} of {len(schedule)}"), _part(timeline, STEP):
-                    loop.run_blocks(blocks[index], check)
+                    # The first step brought the weights, and whatever a device does when a graph first runs.
+                    if self.record and index == 1 and not make_loop:
+                        self.not_recorded = loop.record()
+                    if loop.recorded:
+                        check()
+                    else:
+                        loop.run_blocks(blocks[index], check)
                     for _ in range(step.draws - 1):
                         noise.skip(initial.shape)  # of two draws the published scheduler uses the second
-                    loop.run_head(head[index], guidance, step.as_array(), noise.normal(initial.shape))
+                    drawn = noise.normal(initial.shape)
+                    if loop.recorded:
+                        loop.repeat(blocks[index], head[index], guidance, step.as_array(), drawn)
+                    else:
+                        loop.run_head(head[index], guidance, step.as_array(), drawn)
                 done = Step(index, int(timestep), loop)
                 if index + 1 == len(schedule):
                     _ = done.latents  # the buffers are gone when the caller looks at the last step
@@ -247,6 +261,7 @@ class Loop:
                 poses = [buffers.empty(pose.shape, dtype) for _ in range(2)]
             self._poses.append(poses)
             self._halves.append([graph.prepare(self._block_arrays(h, i)) for i, graph in enumerate(graphs)])
+        self._recording: Recording | None = None
         self._final = video[len(self._blocks) % 2]  # [B, N, D]: what the last block writes
         self._head = backend.graph("head").prepare(
             {**self._head_arrays(), "video": self._final, "prediction": self.prediction}
@@ -288,6 +303,9 @@ class Loop:
 
     def _run_stem(self, rows: np.ndarray) -> None:
         self.buffers.put(self._row, rows)
+        self._enqueue_stem()
+
+    def _enqueue_stem(self) -> None:
         with _at("stem"), _part(self._timeline, "stem"):
             self._stem()
         if self._spread is not None:
@@ -340,6 +358,9 @@ class Loop:
         if self._pool is not None:
             self._pool.shutdown()
         self.buffers.settle()
+        if self._recording is not None:
+            self._recording.close()
+            self._recording = None
         self._blocks.close()
 
     def run_head(self, row: np.ndarray, guidance: float, coefficients: np.ndarray, noise: np.ndarray) -> None:
@@ -349,14 +370,60 @@ class Loop:
     def _run_head(
         self, head: Call, row: np.ndarray, guidance: float, coefficients: np.ndarray, noise: np.ndarray
     ) -> None:
+        self._put_head_inputs(row, guidance, coefficients, noise)
+        with _at("head"), _part(self._timeline, "head"):
+            head()
+        self._take_over()
+
+    def _put_head_inputs(self, row: np.ndarray, guidance: float, coefficients: np.ndarray, noise: np.ndarray) -> None:
         put = self.buffers.put
         put(self._head_row, row)
         put(self._coefficients, np.array([guidance, *coefficients], np.float32))
         put(self._noise, noise)
-        with _at("head"), _part(self._timeline, "head"):
-            head()
-        put(self.latents, self._next)
-        put(self._x0, self._x0_next)
+
+    def _take_over(self) -> None:
+        """The next step starts from what the head wrote."""
+        self.buffers.put(self.latents, self._next)
+        self.buffers.put(self._x0, self._x0_next)
+
+    # --- recorded steps ---
+
+    @property
+    def recorded(self) -> bool:
+        """Whether `repeat` computes a step."""
+        return self._recording is not None
+
+    def record(self) -> str:
+        """Shows the device a whole step, after one that ran. Returns why that could not be, or ""."""
+        if not self._blocks.settled:
+            return "not all weights stay in the GPU's memory"
+        calls = [call for calls in zip(*self._halves, strict=True) for call in calls]
+        timeline, self._timeline = self._timeline, None  # a recorded step has no points to be timed at
+
+        def step() -> None:
+            self._enqueue_stem()
+            for call in calls:
+                call()
+            self._head()
+            self._take_over()
+
+        try:
+            self._recording = self.buffers.record(step, [self._stem, *calls, self._head])
+        except DeviceError as error:
+            return str(error)
+        finally:
+            self._timeline = timeline
+        return ""
+
+    def repeat(
+        self, rows: np.ndarray, row: np.ndarray, guidance: float, coefficients: np.ndarray, noise: np.ndarray
+    ) -> None:
+        """A whole step as it was recorded; the arguments are those of `run_blocks` and `run_head`."""
+        if self._recording is None:
+            raise RuntimeError("no step was recorded")
+        self.buffers.put(self._row, rows)
+        self._put_head_inputs(row, guidance, coefficients, noise)
+        self._recording()
 
 
 MakeLoop = Callable[[Denoiser, Latents, np.ndarray, tuple[int, int, int]], Loop]

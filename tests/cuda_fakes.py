@@ -14,6 +14,7 @@ Copies and runs take simulated time, so that a test can ask when the compute str
 from __future__ import annotations
 
 import bisect
+import ctypes
 import itertools
 import sys
 import threading
@@ -30,6 +31,11 @@ import pytest
 __all__ = ["FakeCuda", "Hazard", "Span"]
 
 HOST = 0
+# All else, such as waiting and allocating, may end a recording.
+_WHILE_RECORDING = {
+    *("Context.push", "execute_async_v3", "memcpy_dtod_async"),
+    *("cuStreamBeginCapture_v2", "cuStreamEndCapture", "cuGraphInstantiateWithFlags", "cuGraphDestroy"),
+}
 Clock = dict[int, int]
 Span = tuple[int, int]  # addresses, first and behind the last
 
@@ -111,7 +117,10 @@ class FakeCuda:
         self._accesses: dict[Span, list[_Access]] = {}
         self._sent: list[_Sent] = []
         self._coming: list[_Coming] = []
+        self.recording: tuple[int, list[Callable[[], None]]] | None = None  # a stream, and what was enqueued there
+        self.graphs: dict[int, list[Callable[[], None]]] = {}  # and executable ones, by handle
         self.module = _module(self)
+        self.driver = _Driver(self)
 
     @property
     def stack(self) -> list[str]:
@@ -130,6 +139,7 @@ class FakeCuda:
         patch.setitem(sys.modules, "pycuda", package)
         patch.setitem(sys.modules, "pycuda.driver", self.module)
         patch.setattr("dynamictrl_edge.runtime.backends.cuda._contexts", {})
+        patch.setattr("dynamictrl_edge.runtime.backends.cuda._load_driver", lambda: self.driver)
         return self
 
     # --- calls ---
@@ -141,6 +151,15 @@ class FakeCuda:
             raise self.module.LogicError(f"{name} failed: invalid device context")
         if (error := self.fail(name)) is not None:
             raise error
+        if self.recording is not None and name not in _WHILE_RECORDING:
+            raise self.module.LogicError(f"{name} failed: operation not permitted when stream is capturing")
+
+    def submit(self, stream: int, work: Callable[[], None]) -> None:
+        """Carries out what a stream is given, or keeps it for a graph."""
+        if self.recording is not None and self.recording[0] == stream:
+            self.recording[1].append(work)
+        else:
+            work()
 
     def error(self, text: str, kind: str = "LogicError") -> Exception:
         made: Exception = getattr(self.module, kind)(text)
@@ -231,6 +250,72 @@ class FakeCuda:
     def forget(self) -> None:
         """Forgets accesses, for a long run."""
         self._accesses.clear()
+
+
+class _Driver:
+    """The functions of libcuda that the program calls itself, through ctypes."""
+
+    def __init__(self, fake: FakeCuda):
+        self._fake = fake
+        self._text = b""
+
+    def _called(self, name: str) -> int:
+        try:
+            self._fake.call(name)
+        except self._fake.module.Error as error:
+            self._text = str(error).removeprefix(f"{name} failed: ").encode()
+            return 1
+        return 0
+
+    def cuGetErrorString(self, code: int, text: Any) -> int:
+        text._obj.value = self._text
+        return 0
+
+    def cuStreamBeginCapture_v2(self, stream: ctypes.c_void_p, mode: int) -> int:
+        assert mode == 1, "other threads would be restricted"
+        code = self._called("cuStreamBeginCapture_v2")
+        if code == 0:
+            assert self._fake.recording is None and stream.value is not None
+            self._fake.recording = (stream.value, [])
+        return code
+
+    def cuStreamEndCapture(self, stream: ctypes.c_void_p, graph: Any) -> int:
+        assert self._fake.recording is not None and self._fake.recording[0] == stream.value
+        _, work = self._fake.recording
+        self._fake.recording = None  # whatever the call returns
+        if (code := self._called("cuStreamEndCapture")) == 0:
+            graph._obj.value = self._made(work)
+        return code
+
+    def _made(self, work: list[Callable[[], None]]) -> int:
+        handle = next(self._fake._numbers)
+        self._fake.graphs[handle] = work
+        return handle
+
+    def cuGraphInstantiateWithFlags(self, executable: Any, graph: ctypes.c_void_p, flags: ctypes.c_ulonglong) -> int:
+        assert graph.value is not None and flags.value == 0
+        if (code := self._called("cuGraphInstantiateWithFlags")) == 0:
+            executable._obj.value = self._made(self._fake.graphs[graph.value])
+        return code
+
+    def cuGraphLaunch(self, executable: ctypes.c_void_p, stream: ctypes.c_void_p) -> int:
+        assert executable.value is not None and stream.value is not None
+        if (code := self._called("cuGraphLaunch")) == 0:
+            for work in self._fake.graphs[executable.value]:
+                work()
+        return code
+
+    def _destroyed(self, name: str, handle: ctypes.c_void_p) -> int:
+        code = self._called(name)
+        assert handle.value is not None
+        del self._fake.graphs[handle.value]
+        return code
+
+    def cuGraphDestroy(self, graph: ctypes.c_void_p) -> int:
+        return self._destroyed("cuGraphDestroy", graph)
+
+    def cuGraphExecDestroy(self, executable: ctypes.c_void_p) -> int:
+        return self._destroyed("cuGraphExecDestroy", executable)
 
 
 def _merge(into: Clock, other: Clock) -> None:
@@ -447,9 +532,13 @@ def _module(fake: FakeCuda) -> Any:
     def memcpy_dtod_async(dest: int, src: int, size: int, stream: Stream | None = None) -> None:
         assert stream is not None
         fake.call("memcpy_dtod_async")
-        reads, writes = [(src, src + size)], [(dest, dest + size)]
-        with fake.work(stream.handle, size / 400e9, "a copy on the GPU", reads, writes):
-            fake.bytes_at(dest, size)[:] = fake.bytes_at(src, size)
+        handle, reads, writes = stream.handle, [(src, src + size)], [(dest, dest + size)]
+
+        def copy() -> None:
+            with fake.work(handle, size / 400e9, "a copy on the GPU", reads, writes):
+                fake.bytes_at(dest, size)[:] = fake.bytes_at(src, size)
+
+        fake.submit(handle, copy)
 
     module = ModuleType("pycuda.driver")
     for value in (

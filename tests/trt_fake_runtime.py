@@ -198,6 +198,7 @@ class FakeEngines:
         does["IExecutionContext.set_tensor_address"] = self._set_address
         does["IExecutionContext.set_device_memory"] = self._set_memory
         does["IExecutionContext.execute_async_v3"] = self._run
+        does["IExecutionContext.is_stream_capturable"] = self._recordable
 
     def _open(self, runtime: Any, serialized_engine: bytes) -> Any:
         if self._failed(runtime, "Runtime.deserialize_cuda_engine"):
@@ -251,13 +252,15 @@ class FakeEngines:
         assert size >= context.state["engine"].state["memory"]
         context.state["memory"] = (memory, size)
 
+    def _recordable(self, context: Any, stream: int) -> bool:
+        return not self._failed(context, "IExecutionContext.is_stream_capturable")
+
     def _run(self, context: Any, stream_handle: int) -> bool:
         self.cuda.call("execute_async_v3")
         if self._failed(context, "IExecutionContext.execute_async_v3"):
             return False
         state, engine = context.state, context.state["engine"].state
         graph, spec = engine["graph"], engine["spec"]
-        self.runs.append(graph)
         start, size = state["memory"]
         assert size >= engine["memory"], "no activation memory"
         spans = {}
@@ -266,18 +269,24 @@ class FakeEngines:
             spans[name] = (state["addresses"][name], state["addresses"][name] + nbytes)
         reads = [spans[port.name] for port in spec.inputs]
         writes = [spans[port.name] for port in spec.outputs] + ([(start, start + engine["memory"])] if size else [])
-        with self.cuda.work(stream_handle, self.seconds(graph), f"the graph {graph!r}", reads, writes):
-            feeds = {
-                port.name: self.cuda.bytes_at(spans[port.name][0], spans[port.name][1] - spans[port.name][0])
-                .view(NUMPY[port.dtype])
-                .reshape(self._shape(context, port.name))
-                for port in spec.inputs
-            }
-            self.cuda.bytes_at(start, engine["memory"])[:] = 0xEE
-            for name, value in self.compute(graph, feeds).items():
-                first, last = spans[name]
-                assert value.nbytes == last - first, f"{name} of {graph} has another shape"
-                self.cuda.bytes_at(first, last - first)[:] = np.ascontiguousarray(value).reshape(-1).view(np.uint8)
+        shapes = {port.name: self._shape(context, port.name) for port in spec.inputs}
+
+        def carry_out() -> None:
+            self.runs.append(graph)
+            with self.cuda.work(stream_handle, self.seconds(graph), f"the graph {graph!r}", reads, writes):
+                feeds = {
+                    port.name: self.cuda.bytes_at(spans[port.name][0], spans[port.name][1] - spans[port.name][0])
+                    .view(NUMPY[port.dtype])
+                    .reshape(shapes[port.name])
+                    for port in spec.inputs
+                }
+                self.cuda.bytes_at(start, engine["memory"])[:] = 0xEE
+                for name, value in self.compute(graph, feeds).items():
+                    first, last = spans[name]
+                    assert value.nbytes == last - first, f"{name} of {graph} has another shape"
+                    self.cuda.bytes_at(first, last - first)[:] = np.ascontiguousarray(value).reshape(-1).view(np.uint8)
+
+        self.cuda.submit(stream_handle, carry_out)
         return True
 
 

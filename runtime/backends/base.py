@@ -6,7 +6,7 @@ A backend without that attribute computes in the process's memory (`host.HOST`).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 
@@ -20,7 +20,9 @@ if TYPE_CHECKING:
     from ..request import Request
     from ..tiling import Tiling
 
-__all__ = ["Backend", "BlockWeights", "Buffers", "Call", "Clock", "Copy", "DeviceBackend", "Graph", "Plan"]
+__all__ = [
+    *("Backend", "BlockWeights", "Buffers", "Call", "Clock", "Copy", "DeviceBackend", "Graph", "Plan", "Recording"),
+]
 
 
 class Call(Protocol):
@@ -101,6 +103,10 @@ class BlockWeights(Protocol):
 
     resident: int
 
+    @property
+    def settled(self) -> bool:
+        """Whether all blocks are where they are used and stay there: `ahead` and `done` have nothing left to do."""
+
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> Mapping[str, Any]:
@@ -117,6 +123,16 @@ class BlockWeights(Protocol):
 
     def close(self) -> None:
         """Gives the room back."""
+
+
+class Recording(Protocol):
+    """Work that a device was shown once and repeats as one piece."""
+
+    def __call__(self) -> None:
+        """Enqueues all of it, on whatever is in the buffers then."""
+
+    def close(self) -> None:
+        """Frees it; nothing may be running."""
 
 
 class Copy(NamedTuple):
@@ -160,6 +176,13 @@ class Buffers(Protocol):
 
     def weights(self, bundle: Bundle, count: int) -> BlockWeights:
         """The weights of the first `count` blocks."""
+
+    def record(self, work: Callable[[], None], calls: Sequence[Call]) -> Recording:
+        """Shows the device what `work` enqueues, which is not carried out now: calls of prepared graphs (`calls` has them all),
+        which ran before with these shapes, and `put` between buffers.
+
+        Raises `DeviceError` with the reason where that cannot be; what comes then works as before.
+        """
 
     def settle(self) -> None:
         """Waits until nothing uses any buffer. Raises nothing: it is also called after a fault."""

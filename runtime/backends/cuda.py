@@ -8,8 +8,10 @@ whatever thread it calls. A `Device` retains it until `close`. Streams do not wa
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Any
 
@@ -17,11 +19,12 @@ import numpy as np
 
 from ...bundle.errors import DeviceError
 
-__all__ = ["Allocation", "Device", "Event", "Pinned", "Stream", "open_device"]
+__all__ = ["Allocation", "Device", "Event", "Pinned", "Recorded", "Stream", "open_device"]
 
 INSTALL = "pip install pycuda (docs/gpu.md has the line for this kind of machine)"
 _contexts: dict[int, Any] = {}  # by the GPU's number
 _NON_BLOCKING = 1  # CU_STREAM_NON_BLOCKING, which pycuda has no name for
+_THREAD_LOCAL = 1  # CU_STREAM_CAPTURE_MODE_THREAD_LOCAL: other threads of the host application are not restricted
 _LOST = (
     "launch",
     "illegal",
@@ -73,6 +76,11 @@ def _load() -> ModuleType:
         ) from error
     module: ModuleType = cuda
     return module
+
+
+def _load_driver() -> Any:
+    """The driver's own library, for graphs, which pycuda has not."""
+    return ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
 
 
 class Device:
@@ -131,9 +139,75 @@ class Device:
         with self.calling("making an event"):
             return Event(self._cuda.Event(int(chosen)))
 
+    def record(self, stream: Stream, work: Callable[[], None]) -> Recorded:
+        """Makes a graph of what `work` enqueues into `stream`, which is not carried out now. Needs CUDA 11.4.
+
+        Raises `DeviceError` if the driver refuses, or what `work` raises; the stream is as it was, in either case.
+        """
+        with self.calling("recording a CUDA graph"):
+            try:
+                calls = _Calls(self._cuda, _load_driver())
+            except OSError as error:
+                raise DeviceError(f"The driver's library cannot be opened ({error}).") from error
+            graph, executable = ctypes.c_void_p(), ctypes.c_void_p()
+            calls("cuStreamBeginCapture_v2", ctypes.c_void_p(stream.handle), _THREAD_LOCAL)
+            try:
+                work()
+            except BaseException:
+                with contextlib.suppress(self._cuda.Error):  # it only says again that the recording failed
+                    calls("cuStreamEndCapture", ctypes.c_void_p(stream.handle), ctypes.byref(graph))
+                self._free_graph(calls, graph)
+                raise
+            calls("cuStreamEndCapture", ctypes.c_void_p(stream.handle), ctypes.byref(graph))
+            try:
+                calls("cuGraphInstantiateWithFlags", ctypes.byref(executable), graph, ctypes.c_ulonglong(0))
+            finally:
+                self._free_graph(calls, graph)
+            return Recorded(calls, executable)
+
+    def _free_graph(self, calls: _Calls, graph: ctypes.c_void_p) -> None:
+        if graph.value:
+            with contextlib.suppress(self._cuda.Error):
+                calls("cuGraphDestroy", graph)
+
     def close(self) -> None:
         """Ends the use of the context. Everything that was made on it must be gone."""
         self._context = None
+
+
+class _Calls:
+    """Calls of the driver's functions by name; errors are pycuda's."""
+
+    def __init__(self, cuda: Any, driver: Any):
+        self._cuda, self._driver = cuda, driver
+
+    def __call__(self, name: str, *arguments: Any) -> None:
+        try:
+            function = getattr(self._driver, name)
+        except AttributeError:
+            raise DeviceError(f"The driver is too old to record CUDA graphs: it has no {name}.") from None
+        code = function(*arguments)
+        if code != 0:
+            text = ctypes.c_char_p()
+            self._driver.cuGetErrorString(code, ctypes.byref(text))
+            told = f"error {code}" if text.value is None else text.value.decode(errors="replace")
+            raise self._cuda.LogicError(f"{name} failed: {told}")
+
+
+class Recorded:
+    """A CUDA graph, ready to be launched."""
+
+    def __init__(self, calls: _Calls, executable: ctypes.c_void_p):
+        self._calls, self._executable = calls, executable
+
+    def launch(self, stream: Stream) -> None:
+        """Puts all of it into the stream, on the addresses that it was recorded with."""
+        self._calls("cuGraphLaunch", self._executable, ctypes.c_void_p(stream.handle))
+
+    def free(self) -> None:
+        if self._executable.value:
+            executable, self._executable = self._executable, ctypes.c_void_p()
+            self._calls("cuGraphExecDestroy", executable)
 
 
 class Allocation:

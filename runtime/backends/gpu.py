@@ -34,12 +34,12 @@ from ..reuse.policy import ReusePolicy
 from ..reuse.tokens import active_count
 from ..tiling import Tiling
 from .arena import ALIGNMENT, Arena, DeviceArray, Piece
-from .base import Copy, Graph
-from .cuda import Allocation, Device, Event, Pinned, Stream, open_device
+from .base import Call, Copy, Graph
+from .cuda import Allocation, Device, Event, Pinned, Recorded, Stream, open_device
 from .ring import KEPT_SHARE, DeviceBlocks
 from .tensorrt import CACHE_NAME, Engine, Library
 
-__all__ = ["Gpu", "GpuBuffers", "GpuCall", "GpuClock", "GpuGraph", "TensorRTBackend"]
+__all__ = ["Gpu", "GpuBuffers", "GpuCall", "GpuClock", "GpuGraph", "GpuRecording", "TensorRTBackend"]
 
 GB = 1e9
 NUMPY: Mapping[str, type[np.generic]] = {
@@ -244,6 +244,28 @@ class GpuClock:
             return self._start.milliseconds_to(point) / 1e3
 
 
+class GpuRecording:
+    """`base.Recording` as a CUDA graph. At most two of its runs wait in the stream: cancelling waits for them."""
+
+    def __init__(self, gpu: Gpu, recorded: Recorded):
+        self._gpu, self._recorded = gpu, recorded
+        self._fences = [gpu.device.event() for _ in range(2)]
+        self._turn = 0
+
+    def __call__(self) -> None:
+        fence = self._fences[self._turn % 2]
+        self._turn += 1
+        with self._gpu.device.calling("running a CUDA graph"):
+            fence.wait()
+            self._recorded.launch(self._gpu.compute)
+            fence.record(self._gpu.compute)
+
+    def close(self) -> None:
+        with contextlib.suppress(DeviceError), self._gpu.device.calling("freeing a CUDA graph"):
+            self._fences.clear()
+            self._recorded.free()
+
+
 class GpuBuffers:
     """`base.Buffers` on a GPU."""
 
@@ -280,6 +302,13 @@ class GpuBuffers:
         made = DeviceBlocks(self._gpu, [bundle.tensors(f"block_{i:02d}") for i in range(count)])
         self.blocks.append(made)
         return made
+
+    def record(self, work: Callable[[], None], calls: Sequence[Call]) -> GpuRecording:
+        for call in calls:
+            if not isinstance(call, GpuCall):
+                raise TypeError("these buffers are for graphs on the GPU")
+            call.check_recordable()
+        return GpuRecording(self._gpu, self._gpu.device.record(self._gpu.compute, work))
 
     def settle(self) -> None:
         self._gpu.settle()
@@ -566,6 +595,12 @@ class GpuCall:
     def __call__(self) -> None:
         with self._backend.running(self._engine.graph):
             self._backend.enqueue(self._engine, self.shapes, self.arrays)
+
+    def check_recordable(self) -> None:
+        """Raises `DeviceError` if TensorRT says that this engine's runs cannot be recorded."""
+        with self._backend.running(self._engine.graph) as gpu:
+            if not self._engine.recordable(gpu.compute.handle):
+                raise DeviceError(f"TensorRT cannot record the graph {self._engine.graph!r}")
 
 
 def _check_kept(policy: ReusePolicy | None, size: Geometry) -> None:

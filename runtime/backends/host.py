@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
 
+from ...bundle.errors import DeviceError
 from ...bundle.store import Bundle
 from ...bundle.tensors import MappedTensors
-from .base import Copy, Graph
+from .base import Call, Copy, Graph, Recording
 
 __all__ = ["HOST", "BlockStore", "HostBuffers", "HostClock"]
 
@@ -26,6 +27,10 @@ class BlockStore:
     def __init__(self, bundle: Bundle, count: int):
         self._files = [bundle.tensors(f"block_{i:02d}") for i in range(count)]
         self.resident = count
+
+    @property
+    def settled(self) -> bool:
+        return self.resident >= len(self._files)
 
     def __getitem__(self, index: int) -> MappedTensors:
         return self._files[index]
@@ -85,6 +90,9 @@ class HostBuffers:
 
     def weights(self, bundle: Bundle, count: int) -> BlockStore:
         return BlockStore(bundle, count)
+
+    def record(self, work: Callable[[], None], calls: Sequence[Call]) -> Recording:
+        raise DeviceError("the processor has none")
 
     def settle(self) -> None:
         """Nothing runs on when a call has returned."""

@@ -104,6 +104,10 @@ class DeviceBlocks:
         self._home: Arena | None = None  # where the slots are
         self._copied = self._used = self._passed = self._turn = 0
 
+    @property
+    def settled(self) -> bool:
+        return not self._streamed and len(self._loaded) == len(self._files)
+
     def __len__(self) -> int:
         return len(self._files)
 

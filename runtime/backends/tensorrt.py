@@ -132,7 +132,7 @@ class Engine:
     """One engine with its execution context. `memory`: bytes of activation memory that it needs, for any shapes it takes."""
 
     def __init__(self, library: Library, graph: str, engine: Any, context: Any, config: Any):
-        self._library, self.graph = library, graph
+        self._library, self._trt, self.graph = library, library._trt, graph
         self._engine, self._config, self._context = engine, config, context
         self.memory = int(engine.device_memory_size_v2)
         self.names = tuple(engine.get_tensor_name(i) for i in range(engine.num_io_tensors))
@@ -169,6 +169,12 @@ class Engine:
         if self._memory != (address, nbytes):
             self._context.set_device_memory(address, nbytes)
             self._memory = (address, nbytes)
+
+    def recordable(self, stream: int) -> bool:
+        """Whether a run with the shapes and addresses of the last one may be recorded from this stream, as far as can be asked."""
+        if not has(self._trt, "IExecutionContext.is_stream_capturable"):
+            return True
+        return bool(self._context.is_stream_capturable(stream))
 
     def close(self) -> None:
         """Frees what TensorRT holds, whoever still refers to this object; the caller has made the GPU's context current."""
