@@ -185,6 +185,19 @@ def int8_latency(receipt: dict[str, Any]) -> list[str]:
     ]
 
 
+def full_int8(receipt: dict[str, Any]) -> list[str]:
+    figures, settings = receipt["figures"], receipt["settings"]
+    before, after = (n / 2**30 for n in figures["calibration"]["denoiser_bytes"])
+    return [
+        f"A random checkpoint of DynamiCtrl-5B's size ({figures['parameters']['transformer'] / 1e9:.2f} B parameters, "
+        f"{settings['layers']} blocks), exported to {settings['precision']} and calibrated ({source(receipt, 'full_int8')}): what "
+        f"the denoising loop uses is **{figures['loop_gib']:.2f} GiB** ({figures['blocks_gib']:.2f} of it the blocks); the "
+        f"modulation, which works once per schedule, {after - figures['loop_gib']:.2f} GiB more; together {after:.2f} where "
+        f"{settings['precision']} has {before:.2f}. Calibrating took **{figures['calibration']['peak_rss'] / 1e9:.1f} GB** at its "
+        f"peak, mapped files included, told that the machine has {settings['memory_gb']:g} GB.",
+    ]
+
+
 def reuse(receipt: dict[str, Any]) -> list[str]:
     """Presets, and what else nothing beats."""
     rows, whole, narrow = reuse_rows(receipt)
@@ -229,6 +242,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], list[str]]] = {
     "pocket": pocket,
     "quantization": quantization,
     "int8_latency": int8_latency,
+    "full_int8": full_int8,
     "reuse": reuse,
     "reuse_sweep": reuse_sweep,
 }

@@ -80,12 +80,24 @@ class _Coming:
     bytes: np.ndarray
 
 
+@dataclass
+class _Reading:
+    """A read of memory that the host may write, which it does not know to be done."""
+
+    stream: int
+    at: int
+    span: Span
+    bytes: bytes
+    what: str
+
+
 class FakeCuda:
     """`calls`: names of driver calls in order. `retained`: how often the primary context was retained.
     `memory`, `locked`: bytes that are out. `live`: streams and events that exist.
 
     total: bytes of the GPU. others: bytes that other processes hold. copy_rate: bytes per second. fail: called with the name of
-    each driver call before it is made; what it returns is raised. races: look for them (slow).
+    each driver call before it is made; what it returns is raised. races: look for them (slow). integrated: the memory is the
+    processor's. shared: which may use it while the GPU does.
     """
 
     def __init__(
@@ -96,10 +108,11 @@ class FakeCuda:
         copy_rate: float = 20e9,
         races: bool = True,
         integrated: bool = False,
+        shared: bool = False,
         capability: tuple[int, int] = (8, 9),
     ):
         self.total, self.others, self.copy_rate, self.races = total, others, copy_rate, races
-        self.integrated, self.capability = integrated, capability
+        self.integrated, self.shared, self.capability = integrated, shared, capability
         self.calls: list[str] = []
         self.fail: Callable[[str], Exception | None] = lambda name: None
         self.memory = self.locked = self.retained = 0
@@ -117,6 +130,7 @@ class FakeCuda:
         self._accesses: dict[Span, list[_Access]] = {}
         self._sent: list[_Sent] = []
         self._coming: list[_Coming] = []
+        self._reading: list[_Reading] = []
         self.recording: tuple[int, list[Callable[[], None]]] | None = None  # a stream, and what was enqueued there
         self.graphs: dict[int, list[Callable[[], None]]] = {}  # and executable ones, by handle
         self.module = _module(self)
@@ -215,7 +229,20 @@ class FakeCuda:
             for write, spans in ((False, reads), (True, writes)):
                 for span in spans:
                     self._order(found, span, write, what)
+            if self.shared:
+                self._read(found, reads, writes, what)
         yield found
+
+    def _read(self, stream: _Stream, reads: Sequence[Span], writes: Sequence[Span], what: str) -> None:
+        def written(span: Span) -> bool:
+            return any(other[0] < span[1] and span[0] < other[1] for other in writes)
+
+        # What the GPU itself writes later may change: that is ordered, or was found by `_order`.
+        self._reading = [reading for reading in self._reading if not written(reading.span)]
+        for span in reads:
+            if not written(span):
+                seen = self.bytes_at(span[0], span[1] - span[0]).tobytes()
+                self._reading.append(_Reading(stream.number, stream.clock[stream.number], span, seen, what))
 
     def _order(self, stream: _Stream, span: Span, write: bool, what: str) -> None:
         for other, accesses in self._accesses.items():
@@ -237,6 +264,7 @@ class FakeCuda:
         if self.races:
             self._check_sent()
             self._sent = [s for s in self._sent if self.host_clock.get(s.stream, 0) < s.at]
+            self._reading = [r for r in self._reading if self.host_clock.get(r.stream, 0) < r.at]
 
     def send(self, stream: _Stream, source: np.ndarray) -> None:
         if self.races:
@@ -246,6 +274,9 @@ class FakeCuda:
         for sent in self._sent:
             if sent.source.tobytes() != sent.bytes:
                 raise Hazard("page-locked memory was changed while it was being copied to the GPU")
+        for reading in self._reading:
+            if self.bytes_at(reading.span[0], reading.span[1] - reading.span[0]).tobytes() != reading.bytes:
+                raise Hazard(f"memory was changed by the host while {reading.what} was reading it")
 
     def forget(self) -> None:
         """Forgets accesses, for a long run."""
@@ -362,6 +393,10 @@ def _module(fake: FakeCuda) -> Any:
 
     class device_attribute:
         INTEGRATED = 18
+        CONCURRENT_MANAGED_ACCESS = 89
+
+    class mem_attach_flags:
+        GLOBAL, HOST, SINGLE = 1, 2, 4
 
     class event_flags:
         DEFAULT, BLOCKING_SYNC, DISABLE_TIMING = 0, 1, 2
@@ -386,8 +421,12 @@ def _module(fake: FakeCuda) -> Any:
             return fake.total
 
         def get_attribute(self, attribute: int) -> int:
-            assert attribute == device_attribute.INTEGRATED
-            return int(fake.integrated)
+            known = {
+                device_attribute.INTEGRATED: fake.integrated,
+                # Graphics cards have it as well; but their memory is not the processor's.
+                device_attribute.CONCURRENT_MANAGED_ACCESS: fake.shared or not fake.integrated,
+            }
+            return int(known[attribute])
 
         def retain_primary_context(self) -> Context:
             fake.call("Device.retain_primary_context", needs_context=False)
@@ -483,6 +522,9 @@ def _module(fake: FakeCuda) -> Any:
                 fake.release(self.address)
                 fake.ended("DeviceAllocation")
 
+    class ManagedAllocation(DeviceAllocation):
+        pass
+
     class PagelockedHostAllocation:
         def __init__(self, nbytes: int) -> None:
             self.nbytes = nbytes
@@ -499,6 +541,14 @@ def _module(fake: FakeCuda) -> Any:
     def mem_alloc(bytes: int) -> DeviceAllocation:
         fake.call("mem_alloc")
         return DeviceAllocation(bytes)
+
+    def managed_empty(shape: int, dtype: type, order: str = "C", mem_flags: int = 0) -> np.ndarray:
+        assert fake.shared and dtype is np.uint8 and mem_flags == mem_attach_flags.GLOBAL
+        fake.call("managed_empty")
+        owner = ManagedAllocation(shape)
+        made = fake.bytes_at(owner.address, shape).view(_Locked)
+        made._owner = owner
+        return made
 
     def mem_get_info() -> tuple[int, int]:
         fake.call("mem_get_info")
@@ -543,8 +593,16 @@ def _module(fake: FakeCuda) -> Any:
     module = ModuleType("pycuda.driver")
     for value in (
         *(Error, MemoryError, LogicError, LaunchError, RuntimeError),
-        *(init, device_attribute, event_flags, Device, Context, Stream, Event),
-        *(mem_alloc, mem_get_info, pagelocked_empty, memcpy_htod_async, memcpy_dtoh_async, memcpy_dtod_async),
+        *(init, device_attribute, event_flags, mem_attach_flags, Device, Context, Stream, Event),
+        *(
+            mem_alloc,
+            managed_empty,
+            mem_get_info,
+            pagelocked_empty,
+            memcpy_htod_async,
+            memcpy_dtoh_async,
+            memcpy_dtod_async,
+        ),
     ):
         setattr(module, value.__name__, value)
     module.fake = fake  # type: ignore[attr-defined]  # for tests

@@ -28,11 +28,12 @@ def aligned(nbytes: int) -> int:
 class Arena:
     """Hands out pieces of `nbytes` from `address`, the first place that is large enough.
 
-    Pieces come back when nothing refers to them. `peak`: the most that was out at once, in bytes from the start.
+    Pieces come back when nothing refers to them. `peak`: the most that was out at once, in bytes from the start. `seen`: the
+    same memory as the processor sees it, [nbytes] uint8; None: it does not.
     """
 
-    def __init__(self, address: int, nbytes: int):
-        self.address, self.nbytes = address, nbytes
+    def __init__(self, address: int, nbytes: int, seen: np.ndarray | None = None):
+        self.address, self.nbytes, self.seen = address, nbytes, seen
         self._free: list[tuple[int, int]] = [(0, nbytes)]  # (start, bytes), rising, never adjacent
         self._returned: deque[tuple[int, int]] = deque()  # by finalizers, which may come at any time
         self.peak = 0
@@ -87,6 +88,12 @@ class Piece:
     @property
     def address(self) -> int:
         return self._arena.address + self._start
+
+    @property
+    def seen(self) -> np.ndarray | None:
+        """[nbytes] uint8 as the processor sees it, which has to wait until the GPU is done with it."""
+        seen = self._arena.seen
+        return None if seen is None else seen[self._start : self._start + self.nbytes]
 
     def __del__(self) -> None:
         self._arena.give_back(self._start, self.nbytes)

@@ -94,6 +94,8 @@ class Device:
             self.capability: tuple[int, int] = tuple(device.compute_capability())
             self.total: int = device.total_memory()
             self.unified = bool(device.get_attribute(cuda.device_attribute.INTEGRATED))
+            # Whether the processor may write into memory while the GPU works on other parts of it, without copies in between.
+            self.shared = self.unified and bool(device.get_attribute(cuda.device_attribute.CONCURRENT_MANAGED_ACCESS))
 
     @contextlib.contextmanager
     def calling(self, what: str) -> Iterator[None]:
@@ -119,9 +121,12 @@ class Device:
             return int(free)
 
     def allocate(self, nbytes: int) -> Allocation:
-        """Device memory. Raises `DeviceError` if there is not so much."""
+        """Device memory, which the processor may use as well if `shared`. Raises `DeviceError` if there is not so much."""
         with self.calling(f"taking {nbytes / 1e9:.2f} GB of GPU memory"):
-            return Allocation(self._cuda.mem_alloc(nbytes), nbytes)
+            if not self.shared:
+                return Allocation(self._cuda.mem_alloc(nbytes), nbytes)
+            flags = int(self._cuda.mem_attach_flags.GLOBAL)
+            return Allocation.seen(self._cuda.managed_empty(nbytes, np.uint8, mem_flags=flags))
 
     def pinned(self, nbytes: int) -> Pinned:
         """Host memory that the GPU copies from and to without the processor."""
@@ -211,15 +216,23 @@ class Recorded:
 
 
 class Allocation:
-    """A piece of device memory from the driver."""
+    """A piece of device memory from the driver. `bytes`: [nbytes] uint8, what the processor sees of it; None: nothing."""
 
     def __init__(self, memory: Any, nbytes: int):
         self._memory, self.nbytes = memory, nbytes
         self.address = int(memory)
+        self.bytes: np.ndarray | None = None
+
+    @classmethod
+    def seen(cls, array: np.ndarray) -> Allocation:
+        """Of an array in memory that is managed."""
+        made = cls(array.base, array.nbytes)
+        made.bytes = array
+        return made
 
     def free(self) -> None:
         if self._memory is not None:
-            memory, self._memory = self._memory, None
+            memory, self._memory, self.bytes = self._memory, None, None
             memory.free()
 
 

@@ -107,9 +107,9 @@ class Gpu:
                 self._memory = self.device.allocate(nbytes)
             if kept and self._kept_memory is None:
                 self._kept_memory = self.device.allocate(kept)
-                self.kept = Arena(self._kept_memory.address, kept)
+                self.kept = Arena(self._kept_memory.address, kept, self._kept_memory.bytes)
             # A new one, so that pieces which an error's traceback still holds on to do not count.
-            self.arena = Arena(self._memory.address, self._memory.nbytes)
+            self.arena = Arena(self._memory.address, self._memory.nbytes, self._memory.bytes)
 
     def _check_free(self, nbytes: int) -> None:
         free = self.device.free_memory()

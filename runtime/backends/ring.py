@@ -5,8 +5,11 @@ its own). Events order the two streams: a block computes after its copy, and a s
 Blocks that stay are spread evenly between those that stream, so that each streamed one has as much time as can be had. Where the
 host has memory to spare, streamed blocks stay in page-locked memory, and this thread copies each of them only once.
 
+Where the processor sees the GPU's memory (`Device.shared`), there is no copy in between: this thread writes into the slot itself,
+after the next block was enqueued, so that the GPU has work while it does.
+
 The thread of the loop waits in two places, never for the newest work: for a page-locked buffer whose copy began several blocks
-ago, and for the block `PACE` before this one, so that cancelling need not wait for a long queue.
+ago, or the slot that it writes into, and for the block `PACE` before this one, so that cancelling need not wait for a long queue.
 """
 
 from __future__ import annotations
@@ -102,6 +105,7 @@ class DeviceBlocks:
         self._fences: list[Event] = []
         self._loaded: set[int] = set()
         self._home: Arena | None = None  # where the slots are
+        self._written = False  # by this thread, into memory that it shares with the GPU
         self._copied = self._used = self._passed = self._turn = 0
 
     @property
@@ -131,15 +135,20 @@ class DeviceBlocks:
             stay = sorted(set(range(count)) - set(self._streamed))
             self._slots.update(zip(stay, slots, strict=False))
             self._ring = slots[len(stay) :]
+            if not self._fences:
+                self._fences = [gpu.device.event() for _ in range(PACE)]
+            self._written = self._home.seen is not None
+            # The arena's places may still be read by what was computed before.
+            gpu.fence.record(gpu.compute)
+            if self._written:
+                gpu.fence.wait()
+                return
+            gpu.copying.wait_for(gpu.fence)
             if not self._staging:
                 self._staging = [
                     _Staging(gpu.device.pinned(self._bytes), gpu.device.event()) for _ in range(min(STAGED, count))
                 ]
-                self._fences = [gpu.device.event() for _ in range(PACE)]
             self._keep(self._streamed if self._bytes * len(self._streamed) <= gpu.lockable else ())
-            # The arena's places may still be read by what was computed before.
-            gpu.fence.record(gpu.compute)
-            gpu.copying.wait_for(gpu.fence)
 
     def _slot(self, number: int) -> _Slot:
         if number == len(self._events):
@@ -167,17 +176,25 @@ class DeviceBlocks:
         with gpu.device.calling(f"copying the weights of block {index}"):
             self._fences[self._passed % PACE].wait()
             self._load(index)
-            while self._ring and self._copied < self._used + len(self._ring):
-                block, slot = (
-                    self._streamed[self._copied % len(self._streamed)],
-                    self._ring[self._copied % len(self._ring)],
-                )
-                self._slots[block] = slot
-                self._copy(block, slot)
-                self._copied += 1
-            for early in range(index + 1, min(index + 1 + EARLY, len(self._files))):
-                self._load(early)
+            if not self._written:
+                self._go_on(index, len(self._ring))
+            elif index in self._streamed and self._copied == self._used:  # the very first
+                self._stream()
             gpu.compute.wait_for(self._slots[index].ready)
+
+    def _go_on(self, index: int, room: int) -> None:
+        """Copies as many streamed blocks as have `room`, and what stays and comes soon after block `index`."""
+        while self._ring and self._copied < self._used + room:
+            self._stream()
+        for early in range(index + 1, min(index + 1 + EARLY, len(self._files))):
+            self._load(early)
+
+    def _stream(self) -> None:
+        """Copies the next streamed block into the next slot."""
+        block, slot = self._streamed[self._copied % len(self._streamed)], self._ring[self._copied % len(self._ring)]
+        self._slots[block] = slot
+        self._copy(block, slot)
+        self._copied += 1
 
     def _load(self, block: int) -> None:
         """Copies a block that stays, once."""
@@ -187,6 +204,11 @@ class DeviceBlocks:
 
     def _copy(self, block: int, slot: _Slot) -> None:
         gpu, file, layout = self._gpu, self._files[block], self._layouts[block]
+        if (seen := slot.piece.seen) is not None:
+            slot.free.wait()
+            layout.fill(seen, file)
+            self._release(file)
+            return
         staging = self._kept.get(block)
         if staging is None:
             staging = self._staging[self._turn % len(self._staging)]
@@ -195,14 +217,17 @@ class DeviceBlocks:
             staging.sent.wait()
             layout.fill(staging.memory[: layout.nbytes], file)
             staging.block = block
-            file.release()  # the pages go back; they stay in the system's file cache
-            if self._streamed:
-                self._files[self._streamed[(self._copied + 1) % len(self._streamed)]].prefetch()
+            self._release(file)
         gpu.copying.wait_for(slot.free)
         with gpu.copying_weights(layout.nbytes):
             gpu.copying.copy_in(slot.piece.address, staging.memory[: layout.nbytes])
         staging.sent.record(gpu.copying)
         slot.ready.record(gpu.copying)
+
+    def _release(self, file: MappedTensors) -> None:
+        file.release()  # the pages go back; they stay in the system's file cache
+        if self._streamed:
+            self._files[self._streamed[(self._copied + 1) % len(self._streamed)]].prefetch()
 
     def done(self, index: int) -> None:
         """Marks the place in the compute stream behind block `index`."""
@@ -211,8 +236,11 @@ class DeviceBlocks:
             self._slots[index].free.record(gpu.compute)
             self._fences[self._passed % PACE].record(gpu.compute)
         self._passed += 1
-        if index in self._streamed:
-            self._used += 1
+        streams = index in self._streamed
+        self._used += streams
+        if self._written:
+            with gpu.device.calling(f"writing weights after block {index}"):
+                self._go_on(index, len(self._ring) - streams)  # but the slot of this block, for which the GPU works now
 
     def close(self) -> None:
         """Gives the slots back, but those that are kept; the streams must have settled. Page-locked memory stays for the next
