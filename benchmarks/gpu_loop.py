@@ -166,6 +166,17 @@ def _differences(out: Path, exact: Path, torch: Path) -> dict[str, Any]:
     return found
 
 
+class _Told:
+    """Says on standard error what export and calibration are at."""
+
+    def stage(self, name: str, total: float | None = None) -> None:
+        print(f"  {name}", file=sys.stderr, flush=True)
+
+    def rename(self, name: str) -> None: ...
+
+    def advance(self, amount: float = 1) -> None: ...
+
+
 @dataclass(frozen=True)
 class _Things:
     """Files of a measurement, made when they are first asked for. seconds: what making them took."""
@@ -191,16 +202,21 @@ class _Things:
         if precision == "int8":
             return self._made("int8", self._calibrate)
         kind: Any = precision
-        return self._made(precision, lambda path: export_checkpoint(self.checkpoint(), path, precision=kind))
+        told = _Told()
+        return self._made(
+            precision, lambda path: export_checkpoint(self.checkpoint(), path, precision=kind, progress=told)
+        )
 
     def _calibrate(self, path: Path) -> None:
         edge = OBSERVED.get(self.wanted.spec, OBSERVED_ELSE)
         frames = np.random.default_rng(SEED).integers(0, 256, (9, edge, edge, 3), np.uint8)
         sample = Sample(frames[0], frames, "noise", seed=SEED, height=edge, width=edge, frames=len(frames))
-        quick = Settings(smooth=False, compensate=False)
+        quick = Options(
+            settings=Settings(smooth=False, compensate=False), steps=2, guidance=1.0, report=False, text=False
+        )
         # ONNX Runtime observes on the processor, which has no bf16 products.
         source = self.bundle("fp32" if self.wanted.dry else "fp16")
-        calibrate(source, path, [sample], Options(settings=quick, steps=2, guidance=1.0, report=False, text=False))
+        calibrate(source, path, [sample], quick, progress=_Told())
         self.drop(source.name, whatever=not self.wanted.dry)
 
     def ready(self, name: str) -> dict[str, Any]:

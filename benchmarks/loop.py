@@ -82,7 +82,8 @@ class Given(NamedTuple):
     def load(cls, path: Path) -> Given:
         with np.load(path) as arrays:
             height, width, frames = (int(n) for n in arrays["size"])
-            return cls(*(arrays[name] for name in cls._fields[:-1]), (height, width, frames))
+            prompt_embeds, image, pose, initial = (arrays[name] for name in cls._fields[:-1])
+            return cls(prompt_embeds, image, pose, initial, (height, width, frames))
 
 
 def write_inputs(path: Path, config: Any, vae: Any, size: tuple[int, int, int]) -> None:
