@@ -1,6 +1,6 @@
 """Everything that needs an NVIDIA GPU, in one command; writes results/gpu.json.
 
-    python benchmarks/gpu.py [--size 1024x576x37 1360x768x37] [--only torch engines] [--dry-run]
+    python benchmarks/gpu.py [--size 1024x576x37 1360x768x37] [--only torch engines loop] [--dry-run]
 
 `torch`: what PyTorch's kernels show at the real shapes, on a machine that has nothing but PyTorch, numpy and a driver: how long a
 block takes, both guidance halves together against one after the other, what is saved by computing active tokens only, by one half,
@@ -9,14 +9,27 @@ weights stay, with the memory that each takes.
 
 `engines`: with TensorRT, pycuda and the package installed: a small random model is exported and built, and its clip on the GPU
 backend compared with ONNX Runtime's on the processor, with weights that stay and that stream; then the block of the full-size model
-(`gpu_block`). What is not installed is skipped, and the receipt says so.
+(`gpu_block`).
 
-`--dry-run` goes through the first part on the processor with toy shapes, and writes nothing.
+`loop`: a whole denoising loop of the full-size model (or `--spec`), random weights, bf16 and int8, against the published loop in
+PyTorch (bf16): seconds per step, memory, and the relative RMS between the final latents; with as many blocks in memory as there
+is room for, with the least memory that the planner allows, and with `--memory` GB; and with the presets of reuse, held against our
+own whole loop (`gpu_loop`). It takes the package with its extras `export`, `calibrate` and `build`, TensorRT and pycuda, and for
+the full-size model about 40 GB of disk, in a temporary folder. With `--folder F`, checkpoint, bundles and engines stay in F, and a
+later call goes on from them: about 55 GB, or 30 with `--precision bf16` alone.
+
+What is not installed is skipped, and the receipt says so. It is written anew after each part and each loop: a machine that is lost
+half way leaves what was measured; `--name` gives it another name, so that a second call leaves the first one's.
+
+`--dry-run` goes through `torch` with toy shapes, and through `loop` with a tiny model and ONNX Runtime, on the processor. It writes
+no receipt.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import gc
 import itertools
 import json
 import statistics
@@ -25,12 +38,16 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.append(str(ROOT))  # so that this file also runs as a script
+sys.path.append(str(Path(__file__).resolve().parents[1]))  # so that this file also runs as a script
 
+from benchmarks.loop import STEPS, attempt  # which needs nothing but numpy
+
+ROOT = Path(__file__).resolve().parents[1]
+PARTS = ("torch", "engines", "loop")
 WARM, RUNS = 3, 15
 SHARES = (0.2, 0.4, 0.6)  # of the video tokens that are active
 GEMM = 8192
@@ -58,33 +75,64 @@ TOY = Model(width=64, heads=2, layers=4, text=6, patch=16)
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--size", nargs="+", default=["1024x576x37", "1360x768x37"])
-    parser.add_argument("--only", nargs="+", choices=["torch", "engines"], default=["torch", "engines"])
-    parser.add_argument("--dry-run", action="store_true", help="the first part, on the processor, with toy shapes")
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS)
+    parser.add_argument("--name", default="gpu", help="name of the receipt")
+    parser.add_argument("--dry-run", action="store_true", help="torch and loop, on the processor, with toy shapes")
+    loop = parser.add_argument_group("loop")
+    loop.add_argument("--spec", help="model, of benchmarks/checkpoints.py; default full, in a dry run tiny15")
+    loop.add_argument("--precision", nargs="+", choices=["bf16", "int8"], default=["bf16", "int8"])
+    loop.add_argument("--memory", nargs="*", type=float, metavar="GB", default=[6.0], help="budgets to stream with")
+    loop.add_argument("--steps", type=int, default=STEPS)
+    loop.add_argument("--rounds", type=int, default=2, help="loops that count, after a first one")
+    loop.add_argument("--folder", type=Path, help="for checkpoint and bundles, which stay; default a temporary one")
     arguments = parser.parse_args()
-    if arguments.dry_run:
-        print(json.dumps(torch_part(TOY, {"toy": 24}, "cpu"), indent=1))
-        return
-    make_importable()
+    arguments.spec = arguments.spec or ("tiny15" if arguments.dry_run else "full")
     figures: dict[str, Any] = {}
-    if "torch" in arguments.only:
-        figures["torch"] = attempt(lambda: torch_part(Model(), {s: tokens(s) for s in arguments.size}, "cuda"))
-    if "engines" in arguments.only:
-        figures["engines"] = attempt(lambda: engines_part(arguments))
-    from benchmarks.receipt import write_receipt
+    if arguments.dry_run:
+        measure(arguments, figures, lambda: None)
+        print(json.dumps(figures, indent=1))
+    else:
+        make_importable()
+        from benchmarks.receipt import write_receipt
 
-    print(json.dumps(figures, indent=1))
-    print(write_receipt("gpu", {"sizes": arguments.size, "runs": RUNS}, figures, seeds=[0]))
+        names = ("spec", "precision", "memory", "steps", "rounds")
+        settings = {"sizes": arguments.size, "runs": RUNS, "loop": {name: getattr(arguments, name) for name in names}}
+
+        def note() -> None:
+            write_receipt(arguments.name, settings, figures, seeds=[0])
+
+        measure(arguments, figures, note)
+        print(json.dumps(figures, indent=1))
+        print(write_receipt(arguments.name, settings, figures, seeds=[0]))
     if all("skipped" in part for part in figures.values()):
         raise SystemExit(5)
 
 
-def attempt(part: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """The part's figures, or why there are none: on a borrowed machine the other part must not be lost."""
-    try:
-        return part()
-    except Exception as error:  # whatever a library that does not fit raises
-        print(f"skipped: {error}", file=sys.stderr)
-        return {"skipped": f"{type(error).__name__}: {error}"}
+def measure(arguments: argparse.Namespace, figures: dict[str, Any], note: Callable[[], None]) -> None:
+    """Fills `figures` part by part; `note()` is called whenever there is more."""
+    dry = arguments.dry_run
+    for name in PARTS:
+        if name not in arguments.only or (dry and name == "engines"):
+            continue
+        print(f"part {name}", file=sys.stderr, flush=True)
+        found = figures[name] = {}
+        if name == "torch":
+            sizes = {"toy": 24} if dry else {size: tokens(size) for size in arguments.size}
+            part = partial(torch_part, TOY if dry else Model(), sizes, "cpu" if dry else "cuda")
+        elif name == "engines":
+            part = partial(engines_part, arguments)
+        else:
+            part = partial(loop_part, arguments, found, note)
+        found.update(attempt(part))
+        give_back()
+        note()
+
+
+def give_back() -> None:
+    """What a part left in the GPU's memory, which the next one may need."""
+    gc.collect()
+    if (torch := sys.modules.get("torch")) is not None and torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def make_importable() -> None:
@@ -357,6 +405,33 @@ def clip(flavour: str) -> dict[str, Any]:
         finally:
             animator.close()
         return found
+
+
+# The whole loop
+
+
+def loop_part(arguments: argparse.Namespace, found: dict[str, Any], note: Callable[[], None]) -> dict[str, Any]:
+    """The denoising loop against PyTorch's; fills `found` as it goes."""
+    from benchmarks.checkpoints import SPECS
+    from benchmarks.gpu_loop import Wanted, measure
+    from dynamictrl_edge.engines.engine_set import ClipSize
+    from dynamictrl_edge.engines.profiles import parse_size
+
+    dry, spec = arguments.dry_run, SPECS[arguments.spec]
+    own = ClipSize(spec.height, spec.width, spec.frames)
+    wanted = Wanted(
+        spec=arguments.spec,
+        sizes=(own,) if dry else tuple(map(parse_size, arguments.size)),
+        steps=arguments.steps,
+        rounds=arguments.rounds,
+        memory=tuple(arguments.memory),
+        precisions=tuple(arguments.precision),
+        keep=arguments.folder is not None,
+        dry=dry,
+    )
+    with contextlib.ExitStack() as stack:
+        folder = arguments.folder or Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        return measure(wanted, folder, found, note)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,8 @@ import numpy as np
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # so that this file also runs as a script
 
-from benchmarks.exact_loop import GUIDANCE, SEED, Worker, prepare
+from benchmarks.exact_loop import job, prepare
+from benchmarks.loop import GUIDANCE, SEED, Worker
 from benchmarks.receipt import paired, write_receipt
 from dynamictrl_edge.bundle.manifest import OWN, Port
 from dynamictrl_edge.bundle.store import Bundle
@@ -48,7 +49,7 @@ def main() -> None:
         options = Options(settings=Settings(smooth=False, compensate=False), steps=2, report=False, text=False)
         calibrate(exact / "bundle", narrow / "bundle", [noise()], options)
         shutil.copy(exact / "inputs.npz", narrow)
-        workers = {folder: Worker("ours", folder, arguments.steps) for folder in (exact, narrow)}
+        workers = {folder: Worker(job("ours", folder, arguments.steps)) for folder in (exact, narrow)}
         for worker in workers.values():
             worker.run()  # warm-up
         pairs = paired(workers[exact].run, workers[narrow].run, arguments.rounds)

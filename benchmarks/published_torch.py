@@ -1,4 +1,4 @@
-"""The published denoising loop in eager float32 PyTorch: the peer that our runtime is compared with.
+"""The published denoising loop in eager PyTorch, float32 unless asked otherwise: the peer that our runtime is compared with.
 
 `PublishedTransformer` is put together from diffusers' own CogVideoX pieces the way the published DynamiCtrl transformer
 is (arXiv 2503.21246), and `denoise` does per step what the published pipeline does, with the same amount of work: both
@@ -201,12 +201,12 @@ class PublishedTransformer(nn.Module):
 
         latents: [B,F,32,H,W], noisy and image on channels. prompt_embeds: [B,L,text width]. timestep: int64 [B].
         pose_latents: [B,F,16,H,W]. rotary: cos and sin, [N, head dim] each. ofs: [1] for 1.5-style checkpoints.
-        Returns [B,F,16,H,W], float32.
+        Latents, embeddings and `ofs` are of the weights' type. Returns [B,F,16,H,W] of it.
         """
         text_length = prompt_embeds.shape[1]
-        temb = self.time_embedding(self.time_proj(timestep))  # [B, T]
+        temb = self.time_embedding(self.time_proj(timestep).to(latents.dtype))  # [B, T]; sinusoids are float32
         if self.config.ofs_embed_dim is not None:
-            temb = temb + self.ofs_embedding(self.ofs_proj(ofs))
+            temb = temb + self.ofs_embedding(self.ofs_proj(ofs).to(latents.dtype))
 
         joint = self.patch_embed(prompt_embeds, latents)  # [B, L+N, D]
         text, video = joint[:, :text_length], joint[:, text_length:]
@@ -228,8 +228,8 @@ class PublishedTransformer(nn.Module):
         return grid.permute(0, 1, 5, 4, 2, 6, 3, 7).reshape(batch, frames, -1, height, width)
 
 
-def load_transformer(folder: Path) -> PublishedTransformer:
-    """Reads `transformer/` of a checkpoint (safetensors, sharded or not) strictly, as float32, ready to run.
+def load_transformer(folder: Path, *, dtype: torch.dtype = torch.float32, device: str = "cpu") -> PublishedTransformer:
+    """Reads `transformer/` of a checkpoint (safetensors, sharded or not) strictly, ready to run in this type, there.
 
     The parameters take the place of empty ones, as in diffusers' own loading, so that float32 weights are held once.
     Raises `RuntimeError` when a tensor is missing, unexpected or has another shape.
@@ -238,7 +238,7 @@ def load_transformer(folder: Path) -> PublishedTransformer:
         model = PublishedTransformer(TransformerConfig.from_json(folder / "config.json"))
     state = {}
     for file in sorted(folder.glob("*.safetensors")):
-        state.update({name: tensor.to(torch.float32) for name, tensor in load_file(file).items()})
+        state.update({name: tensor.to(device, dtype) for name, tensor in load_file(file).items()})
     model.load_state_dict(state, strict=True, assign=True)
     return model.eval().requires_grad_(False)
 
@@ -307,10 +307,15 @@ def denoise(
     prompt_embeds: [2,L,D], negative first, when `guidance` is above 1; else [1,L,D]. latents: [1,F,16,H,W], the first
     noise. image_latents, pose_latents: [1,F,16,H,W], already scaled. `generator` gives each step's noise.
     `on_step(index, model_output, latents)` is called after every step. Returns the final latents [1,F,16,H,W].
+
+    The model computes in the type of its weights; latents stay float32, in which the noise is drawn, so that it is the same
+    noise whatever that type is. (The published pipeline rounds them to the weights' type after every step.)
     """
     guided = guidance > 1.0
     halves = 2 if guided else 1
-    ofs = None if model.config.ofs_embed_dim is None else latents.new_full((1,), OFS_VALUE)
+    dtype = next(model.parameters()).dtype
+    prompt_embeds, image_latents, pose_latents = (t.to(dtype) for t in (prompt_embeds, image_latents, pose_latents))
+    ofs = None if model.config.ofs_embed_dim is None else image_latents.new_full((1,), OFS_VALUE)
     scheduler.set_timesteps(steps)
     timesteps = scheduler.timesteps
     scheduler_step: Any = scheduler.step  # its annotations do not allow for None
@@ -318,16 +323,16 @@ def denoise(
     for index, timestep in enumerate(timesteps):
         noisy = scheduler.scale_model_input(torch.cat([latents] * halves), timestep)
         output = model(
-            torch.cat([noisy, torch.cat([image_latents] * halves)], dim=2),  # [2, F, 32, H, W]
+            torch.cat([noisy.to(dtype), torch.cat([image_latents] * halves)], dim=2),  # [2, F, 32, H, W]
             prompt_embeds,
-            timestep.expand(halves),
+            timestep.expand(halves).to(latents.device),
             torch.cat([pose_latents] * halves),
             rotary,
             ofs,
         )
-        velocity = output
+        velocity = output.float()
         if guided:
-            negative, positive = output.chunk(2)
+            negative, positive = velocity.chunk(2)
             velocity = negative + guidance * (positive - negative)
         earlier = timesteps[index - 1] if index > 0 else None
         latents, previous_x0 = scheduler_step(
