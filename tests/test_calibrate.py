@@ -20,8 +20,10 @@ from dynamictrl_edge.bundle.store import Bundle
 from dynamictrl_edge.calibration import calibrate as module
 from dynamictrl_edge.calibration import conditioning
 from dynamictrl_edge.calibration.block_graph import CONDITIONING_LINEARS, LINEARS
+from dynamictrl_edge.calibration.blocks import BlockCandidate
 from dynamictrl_edge.calibration.calibrate import Options, calibrate
 from dynamictrl_edge.calibration.decide import Settings, snr
+from dynamictrl_edge.calibration.measure import Measurer
 from dynamictrl_edge.calibration.observe import Observations
 from dynamictrl_edge.calibration.samples import Sample
 from dynamictrl_edge.runtime import Animator
@@ -112,6 +114,28 @@ def test_a_source_without_the_graphs_of_reuse_gets_none(bundle15: Path, tmp_path
 
 def test_the_result_is_the_same_every_time(quantized: Quantized, bundle15: Path, tmp_path: Path) -> None:
     calibrate(bundle15, tmp_path / "q", some_samples(), quick(smooth=True), threads=1)
+    first, second = read_manifest(quantized("int8")).files, read_manifest(tmp_path / "q").files
+    weights = [name for name in first if name.startswith(("weights/", "graphs/"))]
+    assert {name: first[name] for name in weights} == {name: second[name] for name in weights}
+
+
+def test_where_memory_is_short_blocks_are_read_anew_and_nothing_changes(
+    quantized: Quantized, bundle15: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    released: list[BlockCandidate] = []
+    release = BlockCandidate.release
+
+    def counted(candidate: BlockCandidate) -> None:
+        released.append(candidate)
+        release(candidate)
+
+    monkeypatch.setattr(BlockCandidate, "release", counted)
+    monkeypatch.setattr("dynamictrl_edge.calibration.observe.physical_memory", lambda: 1000)
+    layers = read_manifest(bundle15).transformer.num_layers
+    # It reads blocks anew in any case; what is looked for is that mixtures do as well.
+    monkeypatch.setattr(Measurer, "alone", lambda measurer, trajectories, tick: np.zeros((layers, 4, 2)))
+    calibrate(bundle15, tmp_path / "q", some_samples(), quick(smooth=True), threads=1)
+    assert len(released) > 2 * layers  # each is written once in any case
     first, second = read_manifest(quantized("int8")).files, read_manifest(tmp_path / "q").files
     weights = [name for name in first if name.startswith(("weights/", "graphs/"))]
     assert {name: first[name] for name in weights} == {name: second[name] for name in weights}
