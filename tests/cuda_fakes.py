@@ -140,7 +140,10 @@ class FakeCuda:
         if needs_context and self.stack[-1] != "ours":
             raise self.module.LogicError(f"{name} failed: invalid device context")
         if (error := self.fail(name)) is not None:
-            raise error
+            try:
+                raise error
+            finally:
+                del error  # pycuda's errors come from C++: no frame of theirs refers to them
 
     def error(self, text: str, kind: str = "LogicError") -> Exception:
         made: Exception = getattr(self.module, kind)(text)
