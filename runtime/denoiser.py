@@ -168,7 +168,7 @@ class Denoiser:
         """
         tables, timeline = self.modulation(schedule), self.timeline
         recording = nullcontext() if timeline is None else timeline.recording(self.buffers)
-        with recording, closing((make_loop or Loop)(self, latents, initial, grid)) as loop:
+        with recording, closing(self._loop(make_loop or Loop, latents, initial, grid)) as loop:
             blocks, head = map(self.buffers.hold, tables)
             self.not_recorded = "steps reuse what earlier ones computed" if self.record and make_loop else ""
             for index, (timestep, step) in enumerate(zip(schedule.timesteps, schedule.steps, strict=True)):
@@ -191,6 +191,14 @@ class Denoiser:
                 if index + 1 == len(schedule):
                     _ = done.latents  # the buffers are gone when the caller looks at the last step
                 yield done
+
+    def _loop(self, make_loop: MakeLoop, latents: Latents, initial: np.ndarray, grid: tuple[int, int, int]) -> Loop:
+        try:
+            return make_loop(self, latents, initial, grid)
+        except BaseException:  # what is not there cannot give back the blocks' room
+            self.buffers.settle()
+            self._blocks.close()
+            raise
 
     @property
     def resident_blocks(self) -> int:

@@ -164,7 +164,10 @@ class FakeCuda:
         if needs_context and self.stack[-1] != "ours":
             raise self.module.LogicError(f"{name} failed: invalid device context")
         if (error := self.fail(name)) is not None:
-            raise error
+            try:
+                raise error
+            finally:
+                del error  # pycuda's errors come from C++: no frame of theirs refers to them
         if self.recording is not None and name not in _WHILE_RECORDING:
             raise self.module.LogicError(f"{name} failed: operation not permitted when stream is capturing")
 

@@ -24,7 +24,7 @@ from dynamictrl_edge.runtime.backends.onnxruntime import OnnxRuntimeBackend
 from dynamictrl_edge.runtime.backends.ring import Layout
 from dynamictrl_edge.runtime.memory import MemoryPlan
 from tests.conftest import Export
-from tests.cuda_fakes import FakeCuda, Hazard
+from tests.cuda_fakes import Hazard
 from tests.gpu_samples import (
     IN_THE_LOOP,
     RTX,
@@ -39,7 +39,7 @@ from tests.gpu_samples import (
     zeros,
 )
 from tests.test_animator import arguments
-from tests.trt_fake_runtime import FakeEngines, fake_machine
+from tests.trt_fake_runtime import fake_machine
 from tests.trt_snapshot import ALL
 
 CASE = "pipeline10_cfg3"
@@ -378,52 +378,7 @@ def test_another_program_that_takes_the_memory_is_told_and_survived(gpu: Machine
     assert_same(gpu.animator(**arguments(CASE)), reference)
 
 
-# Faults
-
-
-def test_a_fault_at_every_driver_call_is_named_and_leaves_a_clean_state(
-    root: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    engines = FakeEngines(TRT, root, FakeCuda()).install(monkeypatch)
-    small = {**TINY, "guidance": 1.0, "frames": 5}
-
-    def attempt(number: int) -> tuple[Machinery | None, int, str]:
-        """Fails at driver call `number`; returns what was opened, how many calls came, and the error."""
-        engines.cuda = cuda = FakeCuda(races=False).install(monkeypatch)
-        cuda.fail = lambda name: cuda.error(f"{name} failed: invalid value") if len(cuda.calls) == number else None
-        made = None
-        try:
-            backend = TensorRTBackend.open(Bundle(root), machine=fake_machine(TRT, cuda))
-            made = Machinery(cuda, engines, backend, Animator(Bundle(root), backend, cache=False))
-            zeros(made)
-            made.animator(**small)
-        except DeviceError as error:
-            text = str(error)
-        else:
-            text = ""
-        if made is None:
-            gc.collect()
-            assert cuda.retained <= 1 and not +cuda.live
-        return made, len(cuda.calls), text
-
-    made, count, text = attempt(-1)
-    assert text == "" and made is not None
-    names = list(made.cuda.calls)
-    made.animator.close()
-    # Every call while opening and of the first step, and then each kind of call again, early and late.
-    places = set(range(1, names.index("execute_async_v3") + 20)) | set(range(60, count, 41)) | {count}
-    for number in sorted(places):
-        made, _, text = attempt(number)
-        # Waiting for what is done anyway, at a request's end, may fail unheard: the result is there.
-        unheard = text == "" and names[number - 1] in ("Context.push", "Stream.synchronize")
-        assert unheard or re.search(r"failed while .*invalid value", text), (names[number - 1], text)
-        if made is None:
-            continue
-        assert made.cuda.stack == ["the host application's"]
-        made.cuda.fail = lambda name: None
-        made.animator(**small)  # the same animator works on
-        made.animator.close()
-        assert_nothing_left(made)
+# Faults; test_gpu_faults.py has one at every call
 
 
 @pytest.mark.parametrize(

@@ -31,6 +31,7 @@ _LOST = (
     "ECC",
     "lost",
     "destroyed",
+    "device context",
     "hardware",
     "assert",
     "misaligned",
@@ -311,7 +312,7 @@ def _told(cuda: Any, what: str) -> Iterator[None]:
         ) from error
     except cuda.Error as error:
         text = _line(error)
-        if "no CUDA-capable device" in text or "invalid device" in text:
+        if "no CUDA-capable device" in text or "invalid device ordinal" in text:
             raise DeviceError(f"CUDA finds no GPU ({text}). Without one: --backend onnxruntime") from error
         if "driver version" in text or "forward compatibility" in text or "driver combination" in text:
             raise DeviceError(

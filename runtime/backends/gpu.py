@@ -204,15 +204,15 @@ class Gpu:
             memory.free()
 
     def close(self) -> None:
-        """Gives all memory back; nothing else may be using the streams."""
-        self.settle()
+        """Gives all memory back; the streams have settled. After a fault it may be called again, for the rest."""
         with contextlib.suppress(DeviceError), self.device.calling("giving memory back"):
             self._release()
             while self._staging:
                 self._staging.pop()[0].free()
             self._events.clear()
         with contextlib.suppress(DeviceError), self.device.calling("giving streams back"):
-            del self.fence, self.compute, self.copying
+            for name in ("fence", "compute", "copying"):
+                self.__dict__.pop(name, None)
 
 
 class GpuClock:
@@ -337,7 +337,7 @@ class TensorRTBackend:
             )
         self._bundle, self._machine, self._device = bundle, machine, device
         self.folder, self.engines = folder, engines
-        self._library = self._load_library()
+        self._library = self._load_library(folder, engines)
         self._gpu = Gpu(device)
         self.buffers = GpuBuffers(self._gpu)
         self._graphs: dict[str, GpuGraph] = {}
@@ -400,24 +400,27 @@ class TensorRTBackend:
         """Changes to another engine set; the one in use stays if it is that."""
         if folder == self.folder:
             return
-        self._drop_all()
-        self.folder, self.engines = folder, engines
-        self._library = self._load_library()
+        self._save_cache()
+        self._close_engines()
+        library = self._load_library(folder, engines)
+        # Only now, so that after a fault the next request changes to it.
+        self.folder, self.engines, self._library = folder, engines, library
 
-    def _load_library(self) -> Library:
-        engines = self.engines
+    def _load_library(self, folder: Path, engines: EngineSet) -> Library:
         with self._device.calling("starting TensorRT"):
             return Library(
                 _module(engines, self._machine),
-                cache=self.folder / CACHE_NAME,
+                cache=folder / CACHE_NAME,
                 version_compatible=engines.options.version_compatible,
             )
 
-    def _drop_all(self) -> None:
-        """Keeps what was compiled, and frees all engines. Raises nothing."""
-        with contextlib.suppress(DeviceError), self._device.calling("closing engines"):
+    def _save_cache(self) -> None:
+        """Keeps what was compiled. Raises nothing."""
+        with contextlib.suppress(DeviceError), self._device.calling("keeping compiled kernels"):
             self._library.save_cache()
-        with contextlib.suppress(DeviceError), self._device.calling("closing engines"):
+
+    def _close_engines(self) -> None:
+        with self._device.calling("closing engines"):
             for graph in self._graphs.values():
                 graph.close()
             self._graphs.clear()
@@ -518,12 +521,15 @@ class TensorRTBackend:
             return
         self._closed = True
         self._gpu.settle()
-        self._drop_all()
-        with contextlib.suppress(DeviceError), self._device.calling("giving the GPU back"):
-            for blocks in self.buffers.blocks:
-                blocks.free()
+        self._save_cache()
         self._work = None
-        self._gpu.close()
+        for _ in range(2):  # once more for what a fault left there; on a lost GPU in vain
+            with contextlib.suppress(DeviceError):
+                self._close_engines()
+            with contextlib.suppress(DeviceError), self._device.calling("giving the GPU back"):
+                for blocks in self.buffers.blocks:
+                    blocks.free()
+            self._gpu.close()
         self._device.close()
 
 

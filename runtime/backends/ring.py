@@ -130,25 +130,32 @@ class DeviceBlocks:
             return
         self._forget()
         self._home = home
-        with gpu.device.calling("preparing the blocks' weights"):
-            slots = [self._slot(i) for i in range(count - len(self._streamed) + min(gpu.ring, len(self._streamed)))]
-            stay = sorted(set(range(count)) - set(self._streamed))
-            self._slots.update(zip(stay, slots, strict=False))
-            self._ring = slots[len(stay) :]
-            if not self._fences:
-                self._fences = [gpu.device.event() for _ in range(PACE)]
-            self._written = self._home.seen is not None
-            # The arena's places may still be read by what was computed before.
-            gpu.fence.record(gpu.compute)
-            if self._written:
-                gpu.fence.wait()
-                return
-            gpu.copying.wait_for(gpu.fence)
-            if not self._staging:
-                self._staging = [
-                    _Staging(gpu.device.pinned(self._bytes), gpu.device.event()) for _ in range(min(STAGED, count))
-                ]
-            self._keep(self._streamed if self._bytes * len(self._streamed) <= gpu.lockable else ())
+        try:
+            with gpu.device.calling("preparing the blocks' weights"):
+                self._take_room(count)
+        except BaseException:
+            self._forget()  # else the next request would find a home and take it for whole
+            raise
+
+    def _take_room(self, count: int) -> None:
+        gpu, home = self._gpu, self._home
+        slots = [self._slot(i) for i in range(count - len(self._streamed) + min(gpu.ring, len(self._streamed)))]
+        stay = sorted(set(range(count)) - set(self._streamed))
+        self._slots.update(zip(stay, slots, strict=False))
+        self._ring = slots[len(stay) :]
+        # One by one: what there is after a fault is completed by the next request.
+        while len(self._fences) < PACE:
+            self._fences.append(gpu.device.event())
+        # The arena's places may still be read by what was computed before.
+        gpu.fence.record(gpu.compute)
+        self._written = home is not None and home.seen is not None
+        if self._written:
+            gpu.fence.wait()
+            return
+        gpu.copying.wait_for(gpu.fence)
+        while len(self._staging) < min(STAGED, count):
+            self._staging.append(_Staging(gpu.device.pinned(self._bytes), gpu.device.event()))
+        self._keep(self._streamed if self._bytes * len(self._streamed) <= gpu.lockable else ())
 
     def _slot(self, number: int) -> _Slot:
         if number == len(self._events):

@@ -77,11 +77,14 @@ class Library:
         engine = self._runtime.deserialize_cuda_engine(data)
         if engine is None:
             raise DeviceError(f"The engine of {graph!r} ({str(path)!r}) cannot be opened: {self.cause()}")
-        context, config = self._context(graph, engine)
+        context, config = self._context(engine)
+        if context is None:
+            del engine, config  # now, in the GPU's context: the error's traceback would keep them until later
+            raise DeviceError(f"The engine of {graph!r} gets no execution context: {self.cause()}")
         return Engine(self, graph, engine, context, config)
 
-    def _context(self, graph: str, engine: Any) -> tuple[Any, Any]:
-        """The execution context, and the configuration that must live as long."""
+    def _context(self, engine: Any) -> tuple[Any, Any]:
+        """The execution context, None if it is refused, and the configuration that must live as long."""
         trt, config = self._trt, None
         strategy = trt.ExecutionContextAllocationStrategy.USER_MANAGED
         if has(trt, "IRuntimeConfig"):
@@ -98,8 +101,6 @@ class Library:
             context = engine.create_execution_context(config)
         else:
             context = engine.create_execution_context(strategy)
-        if context is None:
-            raise DeviceError(f"The engine of {graph!r} gets no execution context: {self.cause()}")
         return context, config
 
     def _shared_cache(self, config: Any) -> Any:
