@@ -79,6 +79,11 @@ class SeedList(click.ParamType):
     help="VAE in tiles of the published size.",
 )
 @click.option(
+    "--check-steps/--no-check-steps",
+    default=None,
+    help="End at the first step whose numbers are not finite; a GPU is waited for. [default: on the processor only]",
+)
+@click.option(
     "--reuse",
     default="off",
     show_default=True,
@@ -118,6 +123,7 @@ def command(
     drop_prefix: int,
     re_init_noise: bool,
     tiling: str,
+    check_steps: bool | None,
     reuse: str,
     memory: float | None,
     backend: str,
@@ -167,6 +173,7 @@ def command(
                     drop_prefix=drop_prefix,
                     re_init_noise=re_init_noise,
                     tiling=tiling,
+                    check_steps=check_steps,
                     reuse=reuse,
                 )
             results.append(result)

@@ -27,10 +27,11 @@ from .rope import rope_table, split_halves, with_text_prefix
 from .scheduler import Schedule
 from .timeline import STEP, Timeline
 
-__all__ = ["OFS", "BlockStore", "Denoiser", "Latents", "Loop", "MakeLoop", "Step", "Turn"]
+__all__ = ["OFS", "OVERFLOW", "BlockStore", "Denoiser", "Latents", "Loop", "MakeLoop", "Step", "Turn"]
 
 OFS = 2.0  # the value that the published pipeline feeds to 1.5-style models
 MODULATION_ROWS = 15
+OVERFLOW = "In fp16 this is an overflow: export with --precision fp32 (or bf16 on an NVIDIA GPU)."
 
 Turn = Callable[[], None]  # what a block does for one guidance half: a `Call`, or several
 
@@ -93,11 +94,13 @@ class Denoiser:
         `side_by_side`: whether guidance halves may run at once where the backend gains from it. `together`: whether they go
         through a block as one batch. `timeline`: what the next loop's parts are measured with; None: they are not.
         `record`: from the second step on, a device repeats what it was shown once (a CUDA graph), if all weights stay;
-        `not_recorded`: why the last loop was not, "" if it was or was not asked to be.
+        `not_recorded`: why the last loop was not, "" if it was or was not asked to be. `guard`: look after every step whether
+        numbers are still finite (`Loop.check_finite`).
         """
         self.side_by_side, self.together = True, False
         self.timeline: Timeline | None = None
         self.record, self.not_recorded = False, ""
+        self.guard = False
         self.config: TransformerConfig = bundle.manifest.transformer
         self._backend = backend
         self._bundle = bundle
@@ -187,6 +190,8 @@ class Denoiser:
                         loop.repeat(blocks[index], head[index], guidance, step.as_array(), drawn)
                     else:
                         loop.run_head(head[index], guidance, step.as_array(), drawn)
+                    if self.guard:
+                        loop.check_finite()
                 done = Step(index, int(timestep), loop)
                 if index + 1 == len(schedule):
                     _ = done.latents  # the buffers are gone when the caller looks at the last step
@@ -360,6 +365,17 @@ class Loop:
             raise
         for other in others:
             other.result()
+
+    def check_finite(self) -> None:
+        """Reads one row of the latents, which a device has to be waited for. One is enough: through attention, what is not
+        finite in one token is in all of them a block later, so that it is found in its own step or in the next.
+
+        Raises `DeviceError`.
+        """
+        _, frames, channels, rows, _ = self.latents.shape
+        sample = self.latents[0][frames // 2][channels // 2][rows // 2]
+        if not np.isfinite(self.buffers.get(sample)).all():
+            raise DeviceError(f"the latents are not finite. {OVERFLOW}")
 
     def close(self) -> None:
         """Ends the threads, and waits for what still runs on the buffers."""
