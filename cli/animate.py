@@ -86,6 +86,11 @@ class SeedList(click.ParamType):
     "adaptive, tokens or combined; with settings: trunk,trunk_period=3 (docs/reuse.md).",
 )
 @click.option(
+    "--check-steps/--no-check-steps",
+    default=None,
+    help="End at the first step whose numbers overflow, and name it. [default: on the processor; a GPU waits once per step for it]",
+)
+@click.option(
     "--memory",
     type=float,
     help="Budget in GB, of main memory or the GPU's. [default: no limit; on a GPU, what is free]",
@@ -116,6 +121,7 @@ def command(
     re_init_noise: bool,
     tiling: str,
     reuse: str,
+    check_steps: bool | None,
     memory: float | None,
     backend: str,
     threads: int | None,
@@ -162,6 +168,7 @@ def command(
                     re_init_noise=re_init_noise,
                     tiling=tiling,
                     reuse=reuse,
+                    check_steps=check_steps,
                 )
             results.append(result)
             for text in result["notices"]:

@@ -19,7 +19,7 @@ from ..bundle.errors import BundleError, DeviceError, EdgeError, InputError, Int
 from ..bundle.manifest import MANIFEST_NAME
 from ..bundle.store import Bundle
 from .backends.base import Backend, DeviceBackend, Plan
-from .denoiser import Denoiser, Latents, Step
+from .denoiser import OVERFLOW, Denoiser, Latents, Step
 from .media import as_rate, load_photo, load_pose, photo_to_tensor, pose_to_tensor
 from .memory import physical_memory, plan_memory
 from .noise import NoiseSource
@@ -306,10 +306,7 @@ class Animator:
             final = step.latents[0, run.geometry.padding_frames :].copy()
             del step  # and with it the loop's buffers
         if not np.isfinite(final).all():
-            raise DeviceError(
-                "The denoising loop ended with values that are not finite. In fp16 this is an overflow: export with "
-                "--precision fp32 (or bf16 on an NVIDIA GPU)."
-            )
+            raise DeviceError(f"The denoising loop ended with values that are not finite. {OVERFLOW}")
         run.latents = final
         yield from self._decoded(run, final, progress)
 
@@ -391,6 +388,8 @@ class Animator:
         self._denoiser.side_by_side = run.plan.budget is None
         self._denoiser.together = run.plan.batch == 2
         self._denoiser.timeline = run.timeline
+        # In the process's memory this costs nothing; on a device the loop would wait for every step.
+        self._denoiser.check_steps = self._device is None if request.check_steps is None else request.check_steps
         reuse = self._reuse(run, self._denoiser, schedule)
         progress("denoise", 0, len(schedule))
         steps = self._denoiser.denoise(

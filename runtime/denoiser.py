@@ -27,10 +27,11 @@ from .rope import rope_table, split_halves, with_text_prefix
 from .scheduler import Schedule
 from .timeline import STEP, Timeline
 
-__all__ = ["OFS", "BlockStore", "Denoiser", "Latents", "Loop", "MakeLoop", "Step", "Turn"]
+__all__ = ["OFS", "OVERFLOW", "BlockStore", "Denoiser", "Latents", "Loop", "MakeLoop", "Step", "Turn"]
 
 OFS = 2.0  # the value that the published pipeline feeds to 1.5-style models
 MODULATION_ROWS = 15
+OVERFLOW = "In fp16 this is an overflow: export with --precision fp32 (or bf16 on an NVIDIA GPU)."
 
 Turn = Callable[[], None]  # what a block does for one guidance half: a `Call`, or several
 
@@ -92,8 +93,9 @@ class Denoiser:
 
         `side_by_side`: whether guidance halves may run at once where the backend gains from it. `together`: whether they go
         through a block as one batch. `timeline`: what the next loop's parts are measured with; None: they are not.
+        `check_steps`: a step whose latents are not finite ends the loop (`_check_finite`).
         """
-        self.side_by_side, self.together = True, False
+        self.side_by_side, self.together, self.check_steps = True, False, False
         self.timeline: Timeline | None = None
         self.config: TransformerConfig = bundle.manifest.transformer
         self._backend = backend
@@ -173,10 +175,27 @@ class Denoiser:
                     for _ in range(step.draws - 1):
                         noise.skip(initial.shape)  # of two draws the published scheduler uses the second
                     loop.run_head(head[index], guidance, step.as_array(), noise.normal(initial.shape))
+                if self.check_steps:
+                    with _at(f"Step {index + 1} of {len(schedule)}"):
+                        self._check_finite(loop)
                 done = Step(index, int(timestep), loop)
                 if index + 1 == len(schedule):
                     _ = done.latents  # the buffers are gone when the caller looks at the last step
                 yield done
+
+    def _check_finite(self, loop: Loop) -> None:
+        """Raises `DeviceError` if latents are not finite. Of a device's, one row in the middle is read, which waits for the step.
+
+        A token that is not finite makes all tokens so in the next block, by attention. So the row finds it in the step where it
+        came up or, if that was in the last block, in the next one that sends all tokens through the blocks. At the loop's end
+        the animator looks at all latents.
+        """
+        sample = loop.latents
+        if not isinstance(sample, np.ndarray):
+            for length in loop.latents.shape[:-1]:
+                sample = sample[length // 2]
+        if not np.isfinite(self.buffers.get(sample)).all():
+            raise DeviceError(f"The latents are not finite (NaN or infinite). {OVERFLOW}")
 
     def _loop(self, make_loop: MakeLoop, latents: Latents, initial: np.ndarray, grid: tuple[int, int, int]) -> Loop:
         try:

@@ -44,6 +44,8 @@ class Request:
     tiling: VAE in tiles of the published geometry: on, off, or auto (only when the memory plan needs it).
     re_init_noise: start from noise whose low frequencies come from the photo (FreeInit, arXiv 2312.07537).
     reuse: what denoising steps use again of earlier ones: off, a policy's name with changes, or a `ReusePolicy`.
+    check_steps: a step whose latents are not finite ends the clip and is named. None: where that costs nothing, on the processor;
+        on a GPU the loop waits for one small read per step.
     """
 
     image: Source
@@ -63,6 +65,7 @@ class Request:
     tiling: Tiling = "auto"
     re_init_noise: bool = False
     reuse: str | ReusePolicy = OFF
+    check_steps: bool | None = None
 
     @classmethod
     def of(cls, **arguments: Any) -> Request:
@@ -107,6 +110,8 @@ class Request:
             if not isinstance(source, (str, os.PathLike, np.ndarray)) and not hasattr(source, "convert"):
                 raise UsageError(f"{name!r} must be a path, a picture or an array, not {type(source).__name__}.")
 
+        if self.check_steps is not None and not isinstance(self.check_steps, bool):
+            raise UsageError(f"'check_steps' must be True, False or None, not {self.check_steps!r}.")
         if not isinstance(self.reuse, (str, ReusePolicy)):
             raise UsageError(f"'reuse' must be text or a ReusePolicy, not {type(self.reuse).__name__}.")
         _ = self.policy  # refuses what is not known
