@@ -79,16 +79,16 @@ class SeedList(click.ParamType):
     help="VAE in tiles of the published size.",
 )
 @click.option(
-    "--check-steps/--no-check-steps",
-    default=None,
-    help="End at the first step whose numbers are not finite; a GPU is waited for. [default: on the processor only]",
-)
-@click.option(
     "--reuse",
     default="off",
     show_default=True,
     help="Use parts of earlier steps again, faster and less exact: off, quality, balanced, guidance, trunk, trunk-linear, table, "
     "adaptive, tokens or combined; with settings: trunk,trunk_period=3 (docs/reuse.md).",
+)
+@click.option(
+    "--check-steps/--no-check-steps",
+    default=None,
+    help="End at the first step whose numbers overflow, and name it. [default: on the processor; a GPU waits once per step for it]",
 )
 @click.option(
     "--memory",
@@ -123,8 +123,8 @@ def command(
     drop_prefix: int,
     re_init_noise: bool,
     tiling: str,
-    check_steps: bool | None,
     reuse: str,
+    check_steps: bool | None,
     memory: float | None,
     backend: str,
     cuda_graphs: bool,
@@ -173,8 +173,8 @@ def command(
                     drop_prefix=drop_prefix,
                     re_init_noise=re_init_noise,
                     tiling=tiling,
-                    check_steps=check_steps,
                     reuse=reuse,
+                    check_steps=check_steps,
                 )
             results.append(result)
             for text in result["notices"]:

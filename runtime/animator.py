@@ -317,9 +317,7 @@ class Animator:
             final = step.latents[0, run.geometry.padding_frames :].copy()
             del step  # and with it the loop's buffers
         if not np.isfinite(final).all():
-            raise DeviceError(
-                f"The denoising loop ended with values that are not finite (--check-steps finds the step). {OVERFLOW}"
-            )
+            raise DeviceError(f"The denoising loop ended with values that are not finite. {OVERFLOW}")
         run.latents = final
         yield from self._decoded(run, final, progress)
 
@@ -401,7 +399,8 @@ class Animator:
         self._denoiser.side_by_side = run.plan.budget is None
         self._denoiser.together = run.plan.batch == 2
         self._denoiser.timeline, self._denoiser.record = run.timeline, self._cuda_graphs
-        self._denoiser.guard = self._device is None if request.check_steps is None else request.check_steps
+        # In the process's memory this costs nothing; on a device the loop would wait for every step.
+        self._denoiser.check_steps = self._device is None if request.check_steps is None else request.check_steps
         reuse = self._reuse(run, self._denoiser, schedule)
         progress("denoise", 0, len(schedule))
         steps = self._denoiser.denoise(

@@ -94,13 +94,12 @@ class Denoiser:
         `side_by_side`: whether guidance halves may run at once where the backend gains from it. `together`: whether they go
         through a block as one batch. `timeline`: what the next loop's parts are measured with; None: they are not.
         `record`: from the second step on, a device repeats what it was shown once (a CUDA graph), if all weights stay;
-        `not_recorded`: why the last loop was not, "" if it was or was not asked to be. `guard`: look after every step whether
-        numbers are still finite (`Loop.check_finite`).
+        `not_recorded`: why the last loop was not, "" if it was or was not asked to be. `check_steps`: a step whose latents are not
+        finite ends the loop (`_check_finite`).
         """
-        self.side_by_side, self.together = True, False
+        self.side_by_side, self.together, self.check_steps = True, False, False
         self.timeline: Timeline | None = None
         self.record, self.not_recorded = False, ""
-        self.guard = False
         self.config: TransformerConfig = bundle.manifest.transformer
         self._backend = backend
         self._bundle = bundle
@@ -190,12 +189,27 @@ class Denoiser:
                         loop.repeat(blocks[index], head[index], guidance, step.as_array(), drawn)
                     else:
                         loop.run_head(head[index], guidance, step.as_array(), drawn)
-                    if self.guard:
-                        loop.check_finite()
+                if self.check_steps:
+                    with _at(f"Step {index + 1} of {len(schedule)}"):
+                        self._check_finite(loop)
                 done = Step(index, int(timestep), loop)
                 if index + 1 == len(schedule):
                     _ = done.latents  # the buffers are gone when the caller looks at the last step
                 yield done
+
+    def _check_finite(self, loop: Loop) -> None:
+        """Raises `DeviceError` if latents are not finite. Of a device's, one row in the middle is read, which waits for the step.
+
+        A token that is not finite makes all tokens so in the next block, by attention. So the row finds it in the step where it
+        came up or, if that was in the last block, in the next one that sends all tokens through the blocks. At the loop's end
+        the animator looks at all latents.
+        """
+        sample = loop.latents
+        if not isinstance(sample, np.ndarray):
+            for length in loop.latents.shape[:-1]:
+                sample = sample[length // 2]
+        if not np.isfinite(self.buffers.get(sample)).all():
+            raise DeviceError(f"The latents are not finite (NaN or infinite). {OVERFLOW}")
 
     def _loop(self, make_loop: MakeLoop, latents: Latents, initial: np.ndarray, grid: tuple[int, int, int]) -> Loop:
         try:
@@ -365,17 +379,6 @@ class Loop:
             raise
         for other in others:
             other.result()
-
-    def check_finite(self) -> None:
-        """Reads one row of the latents, which a device has to be waited for. One is enough: through attention, what is not
-        finite in one token is in all of them a block later, so that it is found in its own step or in the next.
-
-        Raises `DeviceError`.
-        """
-        _, frames, channels, rows, _ = self.latents.shape
-        sample = self.latents[0][frames // 2][channels // 2][rows // 2]
-        if not np.isfinite(self.buffers.get(sample)).all():
-            raise DeviceError(f"the latents are not finite. {OVERFLOW}")
 
     def close(self) -> None:
         """Ends the threads, and waits for what still runs on the buffers."""

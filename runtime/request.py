@@ -43,9 +43,9 @@ class Request:
     skip_frames: pose frames left out at the start. drop_prefix: made frames left out at the start of the result.
     tiling: VAE in tiles of the published geometry: on, off, or auto (only when the memory plan needs it).
     re_init_noise: start from noise whose low frequencies come from the photo (FreeInit, arXiv 2312.07537).
-    check_steps: end with an error at the step whose latents are not finite (a sample of them is looked at; on a GPU the loop
-        waits for that). None: only on the processor, where it costs nothing.
     reuse: what denoising steps use again of earlier ones: off, a policy's name with changes, or a `ReusePolicy`.
+    check_steps: a step whose latents are not finite ends the clip and is named. None: where that costs nothing, on the processor;
+        on a GPU the loop waits for one small read per step.
     """
 
     image: Source
@@ -64,8 +64,8 @@ class Request:
     drop_prefix: int = 0
     tiling: Tiling = "auto"
     re_init_noise: bool = False
-    check_steps: bool | None = None
     reuse: str | ReusePolicy = OFF
+    check_steps: bool | None = None
 
     @classmethod
     def of(cls, **arguments: Any) -> Request:
@@ -102,8 +102,6 @@ class Request:
             raise UsageError(f"--fit {self.fit!r} is not known; use one of {', '.join(FITS)}.")
         if self.tiling not in ("auto", "on", "off"):
             raise UsageError(f"--tiling {self.tiling!r} is not known; use auto, on or off.")
-        if self.check_steps is not None and not isinstance(self.check_steps, bool):
-            raise UsageError(f"'check_steps' must be True, False or None, not {self.check_steps!r}.")
         for name in ("prompt", "negative_prompt"):
             if not isinstance(getattr(self, name), str):
                 raise UsageError(f"{name!r} must be text, not {type(getattr(self, name)).__name__}.")
@@ -112,6 +110,8 @@ class Request:
             if not isinstance(source, (str, os.PathLike, np.ndarray)) and not hasattr(source, "convert"):
                 raise UsageError(f"{name!r} must be a path, a picture or an array, not {type(source).__name__}.")
 
+        if self.check_steps is not None and not isinstance(self.check_steps, bool):
+            raise UsageError(f"'check_steps' must be True, False or None, not {self.check_steps!r}.")
         if not isinstance(self.reuse, (str, ReusePolicy)):
             raise UsageError(f"'reuse' must be text or a ReusePolicy, not {type(self.reuse).__name__}.")
         _ = self.policy  # refuses what is not known

@@ -116,7 +116,7 @@ class Way:
 STAY = Way("all blocks stay")
 STREAM = Way("blocks stream", 0, 2, clip={"steps": 2})
 LOCKED = Way("one stays, two are locked", 1, 1, lockable=1 << 30)
-LONG = Way("decoded in pieces, with guidance", clip={"frames": 17, "guidance": 3.0})
+LONG = Way("decoded in pieces, with guidance", clip={"frames": 17, "guidance": 3.0, "check_steps": True})
 
 
 class Workshop:
