@@ -7,9 +7,9 @@ block takes, both guidance halves together against one after the other, what is 
 and by skipping the blocks; int8 against bf16 products; and a step whose weights stream through a ring of slots against one whose
 weights stay, with the memory that each takes.
 
-`engines`: with TensorRT, pycuda and the package installed: a small random model is exported and built, and its clip on the GPU
-backend compared with ONNX Runtime's on the processor, with weights that stay and that stream; then the block of the full-size model
-(`gpu_block`).
+`engines`: with TensorRT, pycuda and the package installed: a small random model is exported and built, and every stage of its clip
+on the GPU backend compared with ONNX Runtime's on the processor; then the clip with weights that stay, weights that stream, and
+steps as CUDA graphs (`gpu_clip`); then the block of the full-size model (`gpu_block`).
 
 `loop`: a whole denoising loop of the full-size model (or `--spec`), random weights, bf16 and int8, against the published loop in
 PyTorch (bf16): seconds per step, memory, and the relative RMS between the final latents; with as many blocks in memory as there
@@ -369,13 +369,13 @@ def engines_part(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def clip(flavour: str) -> dict[str, Any]:
-    """The 27 M-parameter model: export, build, and the same request on both backends."""
+    """The 27 M-parameter model: export, build, and the same request on both backends (`gpu_clip`)."""
     import numpy as np
 
     from benchmarks.checkpoints import SPECS, write_checkpoint
+    from benchmarks.gpu_clip import compare
     from dynamictrl_edge.cli.main import run
     from dynamictrl_edge.export.exporter import export_checkpoint
-    from dynamictrl_edge.runtime import Animator
 
     random = np.random.default_rng(0)
     wanted: dict[str, Any] = {
@@ -392,19 +392,7 @@ def clip(flavour: str) -> dict[str, Any]:
         line = ["build", str(bundle), "--target", "local", "--backend", flavour, "--batch", "1", "--size", "256x256x9"]
         if run(line) != 0:
             raise RuntimeError("the engines were not built")
-        exact = Animator.from_bundle(bundle, backend="onnxruntime", cache=False)(**wanted)
-        found: dict[str, Any] = {"onnxruntime_seconds": exact.seconds}
-        animator = Animator.from_bundle(bundle, backend="tensorrt", cache=False)
-        try:
-            for label in ("first", "second"):
-                made = animator(**wanted)
-                error = np.sqrt(np.mean((made.latents - exact.latents) ** 2) / np.mean(exact.latents**2))
-                found[label] = {"seconds": made.seconds, "relative_rms_to_onnxruntime": float(error)}
-            again = animator(**wanted)
-            found["same_request_same_numbers"] = bool(np.array_equal(again.latents, made.latents))
-        finally:
-            animator.close()
-        return found
+        return compare(bundle, wanted)
 
 
 # The whole loop

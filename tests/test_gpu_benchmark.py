@@ -15,7 +15,7 @@ import pytest
 pytest.importorskip("torch", reason="the first part measures with PyTorch")
 pytest.importorskip("diffusers", reason="the loop is compared with diffusers' pieces")
 
-from benchmarks import gpu_loop
+from benchmarks import gpu_clip, gpu_loop
 from benchmarks.gpu import tokens
 from benchmarks.loop import Job, Server, Worker, relative_rms, write_inputs
 from dynamictrl_edge.bundle.store import Bundle
@@ -25,7 +25,7 @@ from dynamictrl_edge.runtime.backends import gpu as gpu_backend
 from tests.conftest import Quantized
 from tests.cuda_fakes import FakeCuda
 from tests.golden import model_dir
-from tests.gpu_samples import TRT, with_engines
+from tests.gpu_samples import TINY, TRT, look, with_engines
 from tests.trt_fake_runtime import FakeEngines, fake_machine
 
 SCRIPT = Path(__file__).resolve().parents[1] / "benchmarks" / "gpu.py"
@@ -124,6 +124,35 @@ def test_on_a_gpu_plans_and_presets_go_through_the_engines(
     job = Job("ours", bundle15, folder / "tiny15" / f"{size}-inputs.npz", tmp_path / "cpu.npy", 5)
     assert "error" not in Server(job).answer()
     assert relative_rms(exact, np.load(job.out)) < 1e-5
+
+
+def test_a_clip_is_compared_stage_by_stage(bundle10: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the fake GPU, whose engines are computed by ONNX Runtime: one that errs shows where it does."""
+    root = with_engines(bundle10, tmp_path, TRT)
+    cuda = FakeCuda(races=False).install(monkeypatch)
+    engines = FakeEngines(TRT, root, cuda).install(monkeypatch)
+    look(monkeypatch, fake_machine(TRT, cuda))
+    found = gpu_clip.compare(root, {**TINY, "steps": 3})
+    close = 1e-4  # the processor rounds otherwise with more threads than the fake's one
+    assert list(found["stages"]) == ["text", "photo", "pose", "step", "frames"]
+    assert max(found["stages"].values()) < close
+    for name in ("first", "second", "least_memory", "cuda_graphs"):
+        assert found[name]["latents_relative_rms"] < close and found[name]["frames_mean_difference"] < 0.1, name
+        assert name == "first" or found[name]["same_numbers"]
+        assert found[name]["device_peak_bytes"] > 0
+    assert not found["cuda_graphs"]["notices"] and "cuGraphLaunch" in cuda.calls
+    assert found["least_memory"]["device_peak_bytes"] < found["second"]["device_peak_bytes"]
+
+    compute = engines.compute
+
+    def wrong(graph: str, feeds: Any) -> Any:
+        outputs = compute(graph, feeds)
+        return {name: value * np.float32(1.01) for name, value in outputs.items()} if graph == "head" else outputs
+
+    engines.compute = wrong
+    found = gpu_clip.compare(root, {**TINY, "steps": 3})["stages"]
+    assert found.pop("step") == pytest.approx(0.01, rel=0.01)
+    assert max(found.values()) < close
 
 
 def test_without_a_gpu_no_checkpoint_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
