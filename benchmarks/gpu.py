@@ -16,7 +16,7 @@ PyTorch (bf16): seconds per step, memory, and the relative RMS between the final
 is room for, with the least memory that the planner allows, and with `--memory` GB; and with the presets of reuse, held against our
 own whole loop (`gpu_loop`). It takes the package with its extras `export`, `calibrate` and `build`, TensorRT and pycuda, and for
 the full-size model about 40 GB of disk, in a temporary folder. With `--folder F`, checkpoint, bundles and engines stay in F, and a
-later call goes on from them: about 55 GB, or 30 with `--precision bf16` alone.
+later call goes on from them: about 55 GB, or 30 with `--precision bf16` alone (all worked out from the weights, not tried).
 
 What is not installed is skipped, and the receipt says so. It is written anew after each part and each loop: a machine that is lost
 half way leaves what was measured; `--name` gives it another name, so that a second call leaves the first one's.

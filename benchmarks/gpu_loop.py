@@ -45,9 +45,8 @@ __all__ = ["PRECISIONS", "Wanted", "measure"]
 
 PRESETS = ("quality", "balanced")
 PRECISIONS = ("bf16", "int8")
-OBSERVED = {
-    "full": 32
-}  # rows and columns of the clip that is observed for int8; others have fewer channels, and need more
+# Rows and columns of the clip that is observed for int8; models with fewer channels need more.
+OBSERVED = {"full": 32}
 OBSERVED_ELSE = 64
 
 Note = Callable[[], None]

@@ -61,9 +61,8 @@ def narrow_modulation(
     if config.ofs_embed_dim is not None:
         feeds["ofs_sinusoid"] = timestep_sinusoid([OFS], config.ofs_embed_dim)
     feeds.update(runs.tensors("denoiser"))
-    settings = msgspec.structs.replace(
-        settings, compensate=True
-    )  # quick here, and nothing else makes them exact enough
+    # Quick here, and nothing else makes the tables exact enough.
+    settings = msgspec.structs.replace(settings, compensate=True)
     model = read_model(runs, "modulation")
     looking = observed(model, MODULATION_LINEARS, ("T",))
     exact = backend.load("modulation", spec_of(looking, ""), looking.SerializeToString())

@@ -185,6 +185,20 @@ def test_a_fault_at_every_call_of_recording_ends_in_plain_steps(gpu: Machinery, 
         assert gpu.cuda.stack == ["the host application's"]
 
 
+@pytest.mark.parametrize("number", [1, 2])
+def test_an_event_that_cannot_be_made_leaves_no_graph(number: int, gpu: Machinery, reference: Clip) -> None:
+    gpu.animator(**WANTED)
+    gpu.cuda.calls.clear()  # a warm animator makes no other events
+    gpu.cuda.fail = lambda name: (
+        gpu.cuda.error("Event failed: invalid value")
+        if name == "Event" and gpu.cuda.calls.count("Event") == number
+        else None
+    )
+    clip = gpu.animator(**WANTED)
+    assert_same(clip, reference)
+    assert "making an event" in clip.notices[0] and not gpu.cuda.graphs
+
+
 def test_a_launch_that_fails_names_the_step(gpu: Machinery, reference: Clip) -> None:
     gpu.cuda.fail = lambda name: (
         gpu.cuda.error("cuGraphLaunch failed: invalid value")

@@ -35,7 +35,7 @@ from ..reuse.tokens import active_count
 from ..tiling import Tiling
 from .arena import ALIGNMENT, Arena, DeviceArray, Piece
 from .base import Call, Copy, Graph
-from .cuda import Allocation, Device, Event, Pinned, Recorded, Stream, open_device
+from .cuda import Allocation, Device, Event, Pinned, Stream, open_device
 from .ring import KEPT_SHARE, DeviceBlocks
 from .tensorrt import CACHE_NAME, Engine, Library
 
@@ -247,10 +247,11 @@ class GpuClock:
 class GpuRecording:
     """`base.Recording` as a CUDA graph. At most two of its runs wait in the stream: cancelling waits for them."""
 
-    def __init__(self, gpu: Gpu, recorded: Recorded):
-        self._gpu, self._recorded = gpu, recorded
+    def __init__(self, gpu: Gpu, work: Callable[[], None]):
+        self._gpu, self._turn = gpu, 0
         self._fences = [gpu.device.event() for _ in range(2)]
-        self._turn = 0
+        # Last: nobody would free it if an event could not be made.
+        self._recorded = gpu.device.record(gpu.compute, work)
 
     def __call__(self) -> None:
         fence = self._fences[self._turn % 2]
@@ -308,7 +309,7 @@ class GpuBuffers:
             if not isinstance(call, GpuCall):
                 raise TypeError("these buffers are for graphs on the GPU")
             call.check_recordable()
-        return GpuRecording(self._gpu, self._gpu.device.record(self._gpu.compute, work))
+        return GpuRecording(self._gpu, work)
 
     def settle(self) -> None:
         self._gpu.settle()
