@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from diffusers.schedulers.scheduling_dpm_cogvideox import CogVideoXDPMScheduler
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -18,13 +20,16 @@ from dynamictrl_edge.export.exporter import export_checkpoint
 from pocket.clips import COLUMNS, FRAMES, ROWS, make_clip
 from pocket.evaluate import of_bundle
 from pocket.training import train_vae as vae_phase
+from pocket.training.card import model_card
 from pocket.training.checkpoint import LIMIT
 from pocket.training.language import Language, write_tokenizer
+from pocket.training.latents import Batch
 from pocket.training.muon import Muon, orthogonal
-from pocket.training.networks import make_text_encoder, make_transformer, make_vae
+from pocket.training.networks import SCHEDULER, make_text_encoder, make_transformer, make_vae, rotary
 from pocket.training.settings import FULL, SMOKE
+from pocket.training.start import spent_on
 from pocket.training.train import _scaling, train
-from pocket.training.train_dit import Networks, sample, train_dit
+from pocket.training.train_dit import Networks, _losses, sample, train_dit
 from pocket.training.trainer import Trainer, learning_rate
 
 
@@ -73,8 +78,11 @@ def test_a_finished_checkpoint_is_a_beginning(trained: tuple[Path, Networks], tm
     assert again.scaling_factor == networks.scaling_factor
     assert not torch.equal(again.vae.decoder.conv_in.conv.weight, networks.vae.decoder.conv_in.conv.weight)
     spent = json.loads((tmp_path / "run" / "checkpoint" / "training.json").read_text())
-    assert spent["vae"]["steps"] == spent["dit"]["steps"] == 5
-    assert "5 steps in" in (tmp_path / "run" / "checkpoint" / "README.md").read_text()
+    assert spent["vae"]["steps"] == spent["dit"]["steps"] == spent["own"]["steps"] == 5
+    card = (tmp_path / "run" / "checkpoint" / "README.md").read_text()
+    assert "5 steps in" in card and "The last 5 of them learned from the transformer's own estimates" in card
+    plain = dataclasses.replace(settings, dit=dataclasses.replace(settings.dit, own_share=0.0))
+    assert "own estimates" not in model_card(plain, spent_on(tmp_path / "run", own=False))
 
 
 def test_a_vae_that_was_trained_further_does_not_fit_the_latents_of_before(trained: tuple[Path, Networks]) -> None:
@@ -171,6 +179,64 @@ def test_a_step_shared_by_threads_is_the_step_of_one(tmp_path: Path) -> None:
     alone, shared = states
     for name, value in alone.items():
         torch.testing.assert_close(shared[name], value, rtol=1e-3, atol=1e-4, msg=name)
+
+
+class Recorder(nn.Module):
+    """A transformer that keeps what it is given, and answers with `answers`, call by call."""
+
+    def __init__(self, *answers: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.answers, self.calls = answers, list[tuple[Tensor, Tensor]]()
+
+    def forward(self, latents: Tensor, text: Tensor, timesteps: Tensor, *others: Any) -> Tensor:
+        noisy = latents.chunk(2, dim=2)[0]
+        self.calls.append((noisy, timesteps))
+        return self.answers[len(self.calls) - 1](noisy, timesteps)
+
+
+@pytest.mark.parametrize("own_share", [0.0, 1.0])
+def test_what_the_loss_wants_is_the_truth_from_the_latents_that_were_seen(own_share: float) -> None:
+    shapes = SMOKE.shapes
+    f, h, w = shapes.latent_size
+    video = torch.randn(6, f, shapes.latent_channels, h, w, generator=torch.Generator().manual_seed(1))
+    batch = Batch(
+        video,
+        torch.zeros_like(video),
+        torch.zeros_like(video[:, 0]),
+        torch.zeros(6, f, 1, h, w),
+        torch.zeros(6, 32, dtype=torch.long),
+    )
+    alphas = CogVideoXDPMScheduler.from_config(SCHEDULER).alphas_cumprod.float()
+    scale = 0.5
+
+    def velocity(estimate: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
+        """v from which the scheduler's estimate, sqrt(a) x - sqrt(1 - a) v, is `estimate`."""
+
+        def answer(noisy: Tensor, timesteps: Tensor) -> Tensor:
+            alpha = alphas[timesteps][:, None, None, None, None]
+            return (alpha.sqrt() * noisy - estimate) / (1 - alpha).sqrt()
+
+        return answer
+
+    wrong = torch.full_like(video, 7.0)
+    answers = [velocity(wrong), velocity(video * scale)] if own_share else [velocity(video * scale)]
+    transformer = Recorder(*answers)
+    settings = dataclasses.replace(SMOKE, dit=dataclasses.replace(SMOKE.dit, own_share=own_share))
+    networks = Networks(settings, None, transformer, lambda tokens: [tokens], None, scale)  # type: ignore[arg-type]
+    (part,) = _losses(networks, batch, alphas, rotary(shapes), torch.Generator().manual_seed(2), 1)
+    assert part()["loss"] < 1e-6
+
+    noisy, timesteps = transformer.calls[-1]
+    alpha = alphas[timesteps][:, None, None, None, None]
+    start = wrong if own_share else video * scale
+    noise = (noisy - alpha.sqrt() * start) / (1 - alpha).sqrt()
+    assert noise.mean().abs() < 0.05 and abs(noise.std() - 1) < 0.05
+    if own_share:
+        seen, before = transformer.calls[0]
+        assert (before >= timesteps).all()
+        alpha = alphas[before][:, None, None, None, None]
+        noise = (seen - alpha.sqrt() * video * scale) / (1 - alpha).sqrt()
+        assert abs(noise.std() - 1) < 0.05
 
 
 @pytest.mark.parametrize("shape", [(6, 20), (20, 6), (8, 8)])

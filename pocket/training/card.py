@@ -14,7 +14,13 @@ __all__ = ["model_card"]
 def model_card(settings: Settings, spent: Mapping[str, Spent]) -> str:
     """The card's text; `benchmarks/tables.py` puts the measured figures between its two marks."""
     shapes = settings.shapes
-    vae, dit = spent["vae"], spent["dit"]
+    vae, dit, own = spent["vae"], spent["dit"], spent["own"]
+    refined = (
+        f"\nThe last {own['steps']} of them learned from the transformer's own estimates, with more captions that have to say\n"
+        "what a reference lacks: sampling starts every step from such an estimate."
+        if own["steps"]
+        else ""
+    )
     channels = ", ".join(map(str, shapes.channels))
     vae_sizes = f"{shapes.latent_channels} latent channels, {shapes.scale}x in space, 4x in time"
     dit_sizes = f"{shapes.blocks} blocks of width {shapes.heads * shapes.head_dim}, {shapes.heads} heads"
@@ -48,8 +54,8 @@ From nothing, by `python -m pocket.training.train --out FOLDER`, on clips drawn 
 video and no other model had a part in it): articulated people of varied build, clothes, skin and hair that walk, wave, dance, turn,
 squat and raise their arms before hills, cities, beaches and walls. Half of the references had their background or their
 clothes blacked out, and a tenth of the captions was left out. VAE: {vae["steps"]} steps in {vae["hours"]:.1f} hours.
-Transformer and text encoder: {dit["steps"]} steps of {settings.dit.batch} clips in {dit["hours"]:.1f} hours. Weights
-are exponential averages. Training clips and held-out clips share no seed.
+Transformer and text encoder: {dit["steps"]} steps of {settings.dit.batch} clips in {dit["hours"]:.1f} hours.{refined}
+Weights are exponential averages. Training clips and held-out clips share no seed.
 
 ## How good it is
 

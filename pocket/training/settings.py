@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from ..clips import COLUMNS, POSE_FRAMES, ROWS
 
-__all__ = ["FULL", "SMOKE", "DitRun", "Settings", "Shapes", "VaeRun"]
+__all__ = ["FULL", "REFINE", "SMOKE", "DitRun", "Settings", "Shapes", "VaeRun"]
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,7 @@ class VaeRun:
     warm_up: int = 50
     average: float = 0.995  # of the weights that are kept (EMA)
     kl: float = 1e-4
+    square: float = 2.0  # weight of the squared error, which PSNR is made of, beside the absolute one
     gradient: float = 0.5  # weight of the error of differences of neighbouring pixels
     still_first: float = 0.25  # of the budget, which begins with single frames only
     still_share: float = 0.35  # steps on single frames after that
@@ -76,6 +77,7 @@ class DitRun:
     caption_dropout: float = 0.1
     masked_share: float = 0.5
     person_weight: float = 1.0  # extra weight of the person's region
+    own_share: float = 0.0  # samples whose noise is added to the model's own estimate, as while sampling
     hours: float = 8.0
 
 
@@ -91,6 +93,21 @@ class Settings:
 
 
 FULL = Settings()
+# From a finished checkpoint: the decoder on moving pictures; the transformer on its own estimates, more often with a caption
+# that has to say what the photograph lacks.
+REFINE = dataclasses.replace(
+    FULL,
+    vae=dataclasses.replace(FULL.vae, still_share=0.1, window_pace=0.1, average=0.98, square=20.0),
+    dit=dataclasses.replace(
+        FULL.dit,
+        learning_rate=0.6e-3,
+        hidden_rate=1.6e-3,
+        average=0.99,
+        masked_share=0.65,
+        person_weight=2.0,
+        own_share=0.9,
+    ),
+)
 SMOKE = Settings(
     shapes=Shapes(
         channels=(8, 8, 16),
@@ -104,7 +121,7 @@ SMOKE = Settings(
         text_ff=32,
     ),
     vae=dataclasses.replace(FULL.vae, steps=4, clips=3, warm_up=1),
-    dit=dataclasses.replace(FULL.dit, steps=4, clips=3, batch=2, warm_up=1),
+    dit=dataclasses.replace(FULL.dit, steps=4, clips=3, batch=2, warm_up=1, own_share=0.5),
     keep_every=0.0,
     sheet_every=4,
     sheet_clips=3,

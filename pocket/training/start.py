@@ -11,7 +11,7 @@ from torch import nn
 
 __all__ = ["RECORD", "Spent", "load_weights", "spent_on"]
 
-PHASES = ("vae", "dit")
+PHASES = ("vae", "dit", "own")  # "own": the transformer's steps on its own estimates, which "dit" counts as well
 RECORD = "training.json"  # in a checkpoint
 
 
@@ -33,14 +33,18 @@ def load_weights(model: nn.Module, folder: Path) -> None:
         raise RuntimeError(f"{str(folder)!r} is of another shape: {', '.join([*missing, *unexpected][:4])}")
 
 
-def spent_on(run: Path, start: Path | None = None) -> dict[str, Spent]:
-    """What a training folder's logs say, and what the checkpoint `start` that it began with had cost, by phase."""
+def spent_on(run: Path, start: Path | None = None, *, own: bool = False) -> dict[str, Spent]:
+    """What a training folder's logs say, and what the checkpoint `start` that it began with had cost, by phase.
+
+    `own`: whether the transformer learns from its own estimates in this run.
+    """
     record = start / RECORD if start is not None else None
     before = json.loads(record.read_text()) if record is not None and record.exists() else {}
     result: dict[str, Spent] = {}
     for phase in PHASES:
-        log = run / phase / "log.jsonl"
-        last = json.loads(log.read_text().splitlines()[-1]) if log.exists() else {}
+        log = run / ("dit" if phase == "own" else phase) / "log.jsonl"
+        here = log.exists() and (own or phase != "own")
+        last = json.loads(log.read_text().splitlines()[-1]) if here else {}
         old = before.get(phase, {})
         result[phase] = {
             "steps": last.get("step", 0) + old.get("steps", 0),

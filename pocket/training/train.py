@@ -4,7 +4,8 @@
                                     [--vae-hours 1] [--dit-hours 8] [--smoke]
 
 `--from pocket/model` goes on from a finished checkpoint instead: then the VAE's encoder stays as it is, unless `--encoder` lets
-it learn too and the transformer follow it.
+it learn too and the transformer follow it. The transformer then learns from its own estimates (`settings.REFINE`): sampling
+starts every step from one, which training on the truth never shows it.
 
 Run it again with the same folder after a kill and it goes on where the last saved state ends. FOLDER then holds
 `vae/` and `dit/` (state, `log.jsonl` with the losses, `quality.jsonl`, sample sheets), `tokenizer/`, `checkpoint/`
@@ -31,7 +32,7 @@ from .card import model_card
 from .checkpoint import write_checkpoint
 from .language import Language, write_tokenizer
 from .latents import latent_spread
-from .settings import FULL, SMOKE, Settings
+from .settings import FULL, REFINE, SMOKE, Settings
 from .start import spent_on
 from .train_dit import Networks, train_dit
 from .train_vae import train_vae
@@ -62,7 +63,7 @@ def train(
         scaling = float(json.loads((start / "vae" / "config.json").read_text())["scaling_factor"])
 
     def keep(networks: Networks) -> int:
-        spent = spent_on(folder, start)
+        spent = spent_on(folder, start, own=settings.dit.own_share > 0)
         card = model_card(settings, spent)
         return write_checkpoint(folder / "checkpoint", networks, tokenizer, spent=spent, card=card)
 
@@ -100,7 +101,7 @@ def main() -> int:
     parser.add_argument("--dit-hours", type=float, default=FULL.dit.hours)
     parser.add_argument("--smoke", action="store_true", help="tiny networks and a few steps: does everything run?")
     given = parser.parse_args()
-    settings = SMOKE if given.smoke else FULL
+    settings = SMOKE if given.smoke else FULL if given.start is None else REFINE
     settings = dataclasses.replace(
         settings,
         vae=dataclasses.replace(settings.vae, hours=given.vae_hours),

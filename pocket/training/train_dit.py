@@ -34,6 +34,7 @@ from .trainer import Part, Trainer
 __all__ = ["Networks", "sample", "train_dit"]
 
 FIRST = 600  # clips encoded before the first step
+EARLIER = (50, 300)  # timesteps by which an estimate is older than the noise that is added to it
 HIDDEN = re.compile(r"\.(attn1\.to_|ff\.net|SelfAttention\.[qkvo]\.|DenseReluDense)")  # matrices that Muon trains
 
 
@@ -82,7 +83,7 @@ def train_dit(
             store.ensure(ready)
             batch = store.batch(trainer.random, trainer.noise, ready, run.batch, run.masked_share, run.caption_dropout)
             count = threads if run.batch % threads == 0 else 1
-            return _losses(networks, batch, alphas, tables, trainer, count)
+            return _losses(networks, batch, alphas, tables, trainer.noise, count)
 
         def look() -> None:
             _sheet(folder, networks, trainer, settings.sheet_clips)
@@ -98,36 +99,63 @@ def train_dit(
 
 
 def _losses(
-    networks: Networks, batch: Batch, alphas: Tensor, tables: tuple[Tensor, Tensor], trainer: Trainer, count: int
+    networks: Networks,
+    batch: Batch,
+    alphas: Tensor,
+    tables: tuple[Tensor, Tensor],
+    random: torch.Generator,
+    count: int,
 ) -> list[Part]:
-    """The loss of a batch, in `count` equal shares of it."""
+    """The loss of a batch, in `count` equal shares of it.
+
+    Of a share `own_share` of the samples the noise is added to the model's estimate at an earlier, noisier timestep instead
+    of the truth, which stays the target: sampling knows no other latents, and errors of one step are mended in the next
+    only by a model that has seen them.
+    """
     run, scaling = networks.settings.dit, networks.scaling_factor
     clean = batch.video * scaling
-    size = len(clean)
+    size, last = len(clean), len(alphas) - 1
     # One timestep from each of `size` equal spans: the loss of a batch then says less about its luck.
-    spans = (torch.arange(size) + torch.rand(size, generator=trainer.noise)) / size
-    timesteps = (spans * len(alphas)).long().clamp(max=len(alphas) - 1)
+    spans = (torch.arange(size) + torch.rand(size, generator=random)) / size
+    timesteps = (spans * len(alphas)).long().clamp(max=last)
     alpha = alphas[timesteps][:, None, None, None, None]
-    noise = torch.randn(clean.shape, generator=trainer.noise)
-    noisy = alpha.sqrt() * clean + (1 - alpha).sqrt() * noise
-    velocity = alpha.sqrt() * noise - (1 - alpha).sqrt() * clean
+    noise = torch.randn(clean.shape, generator=random)
+    own = torch.rand(size, generator=random) < run.own_share
+    # Half of the estimates are made from nothing but noise, as the first step's; half one step of 20 to 3 before.
+    before = timesteps + torch.randint(*EARLIER, (size,), generator=random)
+    before = torch.where(torch.rand(size, generator=random) < 0.5, last, before.clamp(max=last))
+    noise_before = torch.randn(clean.shape, generator=random)
     image = torch.cat([batch.image[:, None], torch.zeros_like(clean[:, 1:])], dim=1)
-    latents = torch.cat([noisy, image], dim=2)
     pose = batch.pose * scaling
-    weight = 1 + run.person_weight * batch.person
+    # The error of v is that of the estimate over 1 - alpha, which tells little from nothing where the estimate was the
+    # model's own and hardly any noise hides it.
+    weight = (1 + run.person_weight * batch.person) * torch.where(own[:, None, None, None, None], 1 - alpha, 1.0)
     weight = weight / weight.mean()
 
-    def share(index: int) -> dict[str, Tensor]:
-        rows = slice(index, None, count)  # every share has all spans of time
-        predicted = networks.transformer(
-            latents[rows],
+    def velocity_of(noisy: Tensor, rows: Any, times: Tensor) -> Tensor:
+        return networks.transformer(
+            torch.cat([noisy, image[rows]], dim=2),
             networks.text_encoder(batch.tokens[rows])[0],
-            timesteps[rows],
+            times,
             pose[rows],
             tables,
             torch.full((1,), OFS_VALUE),
         )
-        square = (predicted - velocity[rows]).square()
+
+    def share(index: int) -> dict[str, Tensor]:
+        rows = torch.arange(index, size, count)  # every share has all spans of time
+        base = clean[rows]
+        mine = rows[own[rows]]
+        if len(mine):
+            with torch.no_grad():
+                signal, rest = _roots(alphas[before[mine]])
+                noisy = signal * clean[mine] + rest * noise_before[mine]
+                base[own[rows]] = signal * noisy - rest * velocity_of(noisy, mine, before[mine])
+        signal, rest = _roots(alphas[timesteps[rows]])
+        noisy = signal * base + rest * noise[rows]
+        # The v from which the scheduler's estimate, signal x - rest v, is the truth.
+        velocity = (signal * noisy - clean[rows]) / rest
+        square = (velocity_of(noisy, rows, timesteps[rows]) - velocity).square()
         middle = len(square) // 2
         return {
             "loss": (weight[rows] * square).mean(),
@@ -137,6 +165,12 @@ def _losses(
         }
 
     return [partial(share, index) for index in range(count)]
+
+
+def _roots(alpha: Tensor) -> tuple[Tensor, Tensor]:
+    """Factors of signal and noise, [B, 1, 1, 1, 1] each."""
+    alpha = alpha[:, None, None, None, None]
+    return alpha.sqrt(), (1 - alpha).sqrt()
 
 
 @torch.no_grad()

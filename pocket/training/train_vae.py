@@ -110,7 +110,7 @@ def _loss(vae: Any, clips: NDArray[np.uint8], trainer: Trainer, settings: Settin
     square = (weight * error.square()).mean()
     edges = sum((error.diff(dim=axis)).abs().mean() for axis in (3, 4))
     kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).mean()
-    loss = absolute + 2 * square + run.gradient * edges + run.kl * kl
+    loss = absolute + run.square * square + run.gradient * edges + run.kl * kl
     return {"loss": loss, "l1": absolute.detach(), "mse": square.detach(), "kl": kl.detach()}
 
 
