@@ -85,12 +85,13 @@ class TextBlock(nn.Module):
     def _attention(self, x: Tensor, position_bias: Tensor, qkv_weight: Tensor, out_weight: Tensor) -> Tensor:
         qkv = x @ qkv_weight  # [B, S, 3 * inner]
         query, key, value = (
-            part.unflatten(-1, (self.heads, self.head_width)).transpose(1, 2) for part in qkv.split(self.inner, -1)
+            part.reshape(*part.shape[:2], self.heads, self.head_width).transpose(1, 2)
+            for part in qkv.split(self.inner, -1)
         )  # [B, heads, S, d]
         # T5 does not divide by sqrt(d); its initialization holds that factor.
         scores = (query @ key.transpose(2, 3)).float() + position_bias  # [B, heads, S, S]
         mixed = scores.softmax(-1).to(self.dtype) @ value
-        return mixed.transpose(1, 2).flatten(2) @ out_weight
+        return mixed.transpose(1, 2).reshape(*x.shape[:2], self.inner) @ out_weight
 
     def _feed_forward(self, x: Tensor, wi_weight: Tensor, wo_weight: Tensor) -> Tensor:
         gate, linear = (x @ wi_weight).split(self.ff, -1)

@@ -48,10 +48,10 @@ class Signature:
 
 @contextlib.contextmanager
 def exporting() -> Iterator[None]:
-    """Around everything that traces: no gradients, no notes to developers, and without two habits that cost most of the time
-    of a small graph: garbage collections, over and over through a growing graph, and a table of translations made anew for
-    every one."""
-    with _quiet(), uncollected(), _same_translations(), torch.no_grad():
+    """Around everything that traces: no gradients, no notes to developers, and without three habits that cost most of the time
+    of a small graph: garbage collections, over and over through a growing graph; a table of translations made anew for
+    every one; and a second trace that would find nothing to decompose."""
+    with _quiet(), uncollected(), _same_translations(), _needed_decompositions(), torch.no_grad():
         yield
 
 
@@ -101,6 +101,76 @@ def _same_translations() -> Iterator[None]:
 
 
 _TABLES: dict[tuple[Any, ...], Any] = {}
+
+
+@contextlib.contextmanager
+def _needed_decompositions() -> Iterator[None]:
+    """What was traced is traced again, operator by operator, to decompose those that have no translation to ONNX. In our graphs
+    these are conversions and squares, which are put into other words here; a graph that holds any other takes the long way.
+    As above: where PyTorch has no such function, nothing changes but the time."""
+    try:
+        from torch.onnx._internal.exporter import _fx_passes
+    except ImportError:
+        yield
+        return
+    original = getattr(_fx_passes, "decompose_with_registry", None)
+    if original is None:
+        yield
+        return
+
+    def decomposed(program: Any, registry: Any) -> Any:
+        graphs = [m.graph for m in program.graph_module.modules() if isinstance(m, torch.fx.GraphModule)]
+        called = [node for graph in graphs for node in graph.nodes if node.op == "call_function"]
+        if len(graphs) > 1 or not all(_has_translation(node.target, registry) for node in called):
+            return original(program, registry)
+        for node in called:
+            _reword(node)
+        program.graph_module.recompile()
+        return program
+
+    _fx_passes.decompose_with_registry = decomposed
+    try:
+        yield
+    finally:
+        _fx_passes.decompose_with_registry = original
+
+
+CONVERSIONS = (torch.ops.aten.to.dtype, torch.ops.aten.to.dtype_layout, torch.ops.aten.to.device)
+ASSERTIONS = (
+    torch.ops.aten._assert_scalar.default,
+    torch.ops.aten._assert_tensor_metadata.default,
+)  # PyTorch removes them
+
+
+def _has_translation(target: Any, registry: Any) -> bool:
+    if target in CONVERSIONS or target in ASSERTIONS or target is torch.ops.aten.square.default:
+        return True
+    schema = getattr(target, "_schema", None)
+    return (schema is None or not schema.is_mutable) and registry.is_registered(target)
+
+
+def _reword(node: torch.fx.Node) -> None:
+    """A conversion becomes what decomposing makes of it: nothing between equal types, else a copy of the other type."""
+    aten = torch.ops.aten
+    if node.target is aten.square.default:
+        node.target, node.args = aten.pow.Tensor_Scalar, (*node.args, 2)
+    elif node.target in CONVERSIONS:
+        source = node.args[0]
+        assert isinstance(source, torch.fx.Node)
+        old, new = source.meta["val"], node.meta["val"]
+        if old.dtype != new.dtype or old.device != new.device:
+            node.target, node.args, node.kwargs = (
+                aten._to_copy.default, (source,), {"dtype": new.dtype, "device": new.device}
+            )  # fmt: skip
+        elif any(user.op == "output" for user in node.users):
+            node.target, node.args, node.kwargs = (
+                aten.clone.default,
+                (source,),
+                {},
+            )  # the program knows its outputs by name
+        else:
+            node.replace_all_uses_with(source)
+            node.graph.erase_node(node)
 
 
 def trace(module: torch.nn.Module, signature: Signature, *, name: str, device: str = "meta") -> onnx.ModelProto:

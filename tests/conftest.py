@@ -6,10 +6,12 @@ import contextlib
 import os
 import shutil
 from collections.abc import Callable, Iterator
+from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from hypothesis import settings
 
 from tests.cli_samples import without_graphs
@@ -34,32 +36,51 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 
 Share = Callable[[str, Callable[[Path], None]], Path]
+MANY = 1000  # tests of a run that will need all of `EXPORTS`
 
 
 @pytest.fixture(scope="session")
-def share(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Share:
-    """`share(name, make)`: a folder that `make(folder)` fills once per test run, for all of its processes."""
+def share(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Share:
+    """`share(name, make)`: a folder that `make(folder)` fills once per test run, for all of its processes.
+
+    In a run of `MANY` tests a process that would wait for another one's folder makes a bundle of `EXPORTS` meanwhile.
+    """
     root = tmp_path_factory.getbasetemp()
     root = (root if worker_id == "master" else root.parent) / "shared"
     root.mkdir(exist_ok=True)
+    helps = worker_id != "master" and len(request.session.items) >= MANY and find_spec("torch") is not None
+    others = list(EXPORTS) if helps else []
+
+    def filled(name: str, make: Callable[[Path], None]) -> None:
+        folder, done = root / name, root / f"{name}.done"
+        if not done.exists():
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir()
+            make(folder)
+            done.touch()
 
     def made(name: str, make: Callable[[Path], None]) -> Path:
-        folder, done = root / name, root / f"{name}.done"
-        with FileLock(root / f"{name}.lock"):
-            if not done.exists():
-                shutil.rmtree(folder, ignore_errors=True)
-                folder.mkdir()
-                make(folder)
-                done.touch()
-        return folder
+        lock = FileLock(root / f"{name}.lock")
+        while not (root / f"{name}.done").exists():
+            try:
+                with lock.acquire(timeout=-1 if not others else 0):
+                    filled(name, make)
+            except Timeout:
+                other = others.pop(0)
+                made(_named(*other), partial(_export, made, *other))
+        return root / name
 
     return made
 
 
 Export = Callable[..., Path]
-WITH_REUSE = {
-    *(("cogvideox15-tiny", precision) for precision in ("fp32", "fp16", "bf16")),
-    *((model, "fp32") for model in ("cogvideox10-tiny", "learned")),
+# What takes tests the longest; with the graphs of reuse between steps, or without.
+EXPORTS = {
+    ("cogvideox15-tiny", "fp32"): True,
+    ("cogvideox15-tiny", "fp16"): True,
+    ("cogvideox10-tiny", "fp32"): True,
+    ("cogvideox15-tiny", "bf16"): True,
+    ("learned", "fp32"): True,
 }
 
 
@@ -68,30 +89,34 @@ def exported(share: Share) -> Export:
     """`exported(model, precision="fp32")`: bundle of a golden model or of a spec in `benchmarks.checkpoints`.
 
     Do not write into it: copy it. The model "learned" is the 1.0-style one with a stored positional table; its text encoder
-    and VAE are the 1.0 model's and have no graphs. `WITH_REUSE` says whose bundles hold the graphs of reuse between steps:
-    exports are what takes tests the longest.
+    and VAE are the 1.0 model's and have no graphs. `EXPORTS` says whose bundles hold the graphs of reuse between steps.
     """
     pytest.importorskip("torch", reason="exporting needs the extra 'export'")
 
     def bundle(model: str, precision: str = "fp32") -> Path:
-        def make(folder: Path) -> None:
-            from benchmarks.checkpoints import SPECS, write_checkpoint
-            from dynamictrl_edge.export.exporter import export_checkpoint
-
-            if model in SPECS:
-                checkpoint = folder / "checkpoint"
-                write_checkpoint(checkpoint, SPECS[model])
-            else:
-                checkpoint = _learned(share) if model == "learned" else model_dir(model)
-            with pytest.MonkeyPatch.context() as patch:
-                if model == "learned":
-                    without_graphs(patch, "text_encoder", "vae")
-                export_checkpoint(checkpoint, folder / "bundle", precision=precision, reuse=reuse)  # type: ignore[arg-type]
-
-        reuse = (model, precision) in WITH_REUSE
-        return share(f"{model}-{precision}", make) / "bundle"
+        return share(_named(model, precision), partial(_export, share, model, precision)) / "bundle"
 
     return bundle
+
+
+def _named(model: str, precision: str) -> str:
+    return f"{model}-{precision}"
+
+
+def _export(share: Share, model: str, precision: str, folder: Path) -> None:
+    from benchmarks.checkpoints import SPECS, write_checkpoint
+    from dynamictrl_edge.export.exporter import export_checkpoint
+
+    if model in SPECS:
+        checkpoint = folder / "checkpoint"
+        write_checkpoint(checkpoint, SPECS[model])
+    else:
+        checkpoint = _learned(share) if model == "learned" else model_dir(model)
+    reuse = EXPORTS.get((model, precision), False)
+    with pytest.MonkeyPatch.context() as patch:
+        if model == "learned":
+            without_graphs(patch, "text_encoder", "vae")
+        export_checkpoint(checkpoint, folder / "bundle", precision=precision, reuse=reuse)  # type: ignore[arg-type]
 
 
 def _learned(share: Share) -> Path:

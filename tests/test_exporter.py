@@ -28,7 +28,7 @@ from dynamictrl_edge.bundle.store import Bundle
 from dynamictrl_edge.export import components
 from dynamictrl_edge.export.convert import Converter
 from dynamictrl_edge.export.exporter import export_checkpoint
-from dynamictrl_edge.export.trace import Signature, trace
+from dynamictrl_edge.export.trace import Signature
 from dynamictrl_edge.export.vae import GraphInfo
 from dynamictrl_edge.runtime import Animator
 from tests.checkpoint_samples import WEIGHTS, Tensors, copied, edit_json, edit_tensors, split
@@ -783,45 +783,3 @@ def test_a_bf16_bundle_says_what_to_do_on_a_cpu(bundle15_bf16: Path) -> None:
         Animator.from_bundle(bundle15_bf16)
     assert caught.value.exit_code == 5
     assert str(bundle15_bf16) in str(caught.value)
-
-
-# --- the tracer
-
-
-class Product(torch.nn.Module):
-    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        return x @ y
-
-
-def signature(out: tuple[int | str, ...], x: tuple[int | str, ...] = ("B", 4)) -> Signature:
-    f32 = torch.float32
-    return Signature((("x", f32, x), ("y", f32, (4, 3))), (("out", f32, out),), {"B": 5})
-
-
-def test_a_trace_keeps_names_and_axes_and_nothing_of_the_machine() -> None:
-    model = trace(Product(), signature(("B", 3)), name="product")
-    assert [axes(value.type.tensor_type.shape) for value in model.graph.input] == [("B", 4), (4, 3)]
-    assert axes(model.graph.output[0].type.tensor_type.shape) == ("B", 3)
-    assert b".py" not in model.SerializeToString()
-    again = trace(Product(), signature(("B", 3)), name="product")
-    assert model.SerializeToString(deterministic=True) == again.SerializeToString(deterministic=True)
-
-
-class Fixed(torch.nn.Module):
-    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        return x[: int(x.shape[0])].reshape(5, 4) @ y
-
-
-@pytest.mark.parametrize(
-    ("module", "out", "words"),
-    [
-        (Fixed(), ("B", 3), "specialised to 5"),
-        (Product(), ("B", 2), "specialised to 3"),
-        (Product(), ("B", 3, 1), "where .* was declared"),
-    ],
-)
-def test_a_trace_that_is_not_what_was_declared_is_an_error(
-    module: torch.nn.Module, out: tuple[int | str, ...], words: str
-) -> None:
-    with pytest.raises(RuntimeError, match=words):
-        trace(module, signature(out), name="product")
