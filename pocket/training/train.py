@@ -13,9 +13,10 @@ Run it again with the same folder after a kill and it goes on where the last sav
 FOLDER/checkpoint` tells.
 
 Two threads wait for each other at every operator, so that a neighbour on one core costs several times its share: on a machine
-that does other work as well, give the training precedence (`chrt --rr 1`) or one thread. glibc gives memory back to the system
-between operators; `GLIBC_TUNABLES=glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=17179869184:glibc.malloc.arena_max=1` keeps it,
-which spared the VAE a fifth of the time here.
+that does other work as well, give the training precedence (`chrt --rr 1`) or one thread. glibc gives memory back to the
+system between operators; keeping it spared the VAE a fifth of the time here:
+
+    export GLIBC_TUNABLES=glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=17179869184:glibc.malloc.arena_max=1
 """
 
 from __future__ import annotations
