@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
+import importlib
 import inspect
 import logging
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -51,7 +53,14 @@ def exporting() -> Iterator[None]:
     """Around everything that traces: no gradients, no notes to developers, and without three habits that cost most of the time
     of a small graph: garbage collections, over and over through a growing graph; a table of translations made anew for
     every one; and a second trace that would find nothing to decompose."""
-    with _quiet(), uncollected(), _same_translations(), _needed_decompositions(), torch.no_grad():
+    exporter = "torch.onnx._internal.exporter."
+    with (
+        _quiet(),
+        uncollected(),
+        _replaced(exporter + "_registration", "ONNXRegistry.from_torchlib", _same_translations),
+        _replaced(exporter + "_fx_passes", "decompose_with_registry", _needed_decompositions),
+        torch.no_grad(),
+    ):
         yield
 
 
@@ -72,51 +81,43 @@ def _quiet() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _same_translations() -> Iterator[None]:
-    """Exports take copies of one table. PyTorch has no public way to hand one over; where this one is missing, nothing
-    changes but the time."""
+def _replaced(module: str, path: str, make: Callable[[Any, Any], Any]) -> Iterator[None]:
+    """What `path` names in a module of PyTorch's own, replaced by `make(owner, original)`. PyTorch has no public way to do it;
+    where there is no such thing, nothing changes but the time that an export takes."""
+    *owners, name = path.split(".")
     try:
-        from torch.onnx._internal.exporter._registration import ONNXRegistry
-    except ImportError:
+        owner = functools.reduce(getattr, owners, importlib.import_module(module))
+        original = vars(owner)[name]
+    except (ImportError, AttributeError, KeyError):
         yield
         return
-    original = vars(ONNXRegistry).get("from_torchlib")
-    if original is None:
+    setattr(owner, name, make(owner, original))
+    try:
         yield
-        return
+    finally:
+        setattr(owner, name, original)
+
+
+def _same_translations(registry: Any, original: Any) -> Any:
+    """Exports take copies of one table."""
 
     def copied(**options: Any) -> Any:
         key = tuple(sorted(options.items()))
         if key not in _TABLES:
-            _TABLES[key] = original.__get__(None, ONNXRegistry)(**options)
+            _TABLES[key] = original.__get__(None, registry)(**options)
         table = copy.copy(_TABLES[key])
         table.functions = {target: list(functions) for target, functions in table.functions.items()}
         return table
 
-    ONNXRegistry.from_torchlib = staticmethod(copied)
-    try:
-        yield
-    finally:
-        ONNXRegistry.from_torchlib = original
+    return staticmethod(copied)
 
 
 _TABLES: dict[tuple[Any, ...], Any] = {}
 
 
-@contextlib.contextmanager
-def _needed_decompositions() -> Iterator[None]:
+def _needed_decompositions(_: Any, original: Any) -> Any:
     """What was traced is traced again, operator by operator, to decompose those that have no translation to ONNX. In our graphs
-    these are conversions and squares, which are put into other words here; a graph that holds any other takes the long way.
-    As above: where PyTorch has no such function, nothing changes but the time."""
-    try:
-        from torch.onnx._internal.exporter import _fx_passes
-    except ImportError:
-        yield
-        return
-    original = getattr(_fx_passes, "decompose_with_registry", None)
-    if original is None:
-        yield
-        return
+    these are conversions and squares, which are put into other words here; a graph that holds any other takes the long way."""
 
     def decomposed(program: Any, registry: Any) -> Any:
         graphs = [m.graph for m in program.graph_module.modules() if isinstance(m, torch.fx.GraphModule)]
@@ -128,18 +129,12 @@ def _needed_decompositions() -> Iterator[None]:
         program.graph_module.recompile()
         return program
 
-    _fx_passes.decompose_with_registry = decomposed
-    try:
-        yield
-    finally:
-        _fx_passes.decompose_with_registry = original
+    return decomposed
 
 
 CONVERSIONS = (torch.ops.aten.to.dtype, torch.ops.aten.to.dtype_layout, torch.ops.aten.to.device)
-ASSERTIONS = (
-    torch.ops.aten._assert_scalar.default,
-    torch.ops.aten._assert_tensor_metadata.default,
-)  # PyTorch removes them
+# PyTorch removes these itself.
+ASSERTIONS = (torch.ops.aten._assert_scalar.default, torch.ops.aten._assert_tensor_metadata.default)
 
 
 def _has_translation(target: Any, registry: Any) -> bool:
@@ -159,15 +154,10 @@ def _reword(node: torch.fx.Node) -> None:
         assert isinstance(source, torch.fx.Node)
         old, new = source.meta["val"], node.meta["val"]
         if old.dtype != new.dtype or old.device != new.device:
-            node.target, node.args, node.kwargs = (
-                aten._to_copy.default, (source,), {"dtype": new.dtype, "device": new.device}
-            )  # fmt: skip
-        elif any(user.op == "output" for user in node.users):
-            node.target, node.args, node.kwargs = (
-                aten.clone.default,
-                (source,),
-                {},
-            )  # the program knows its outputs by name
+            node.target, node.args = aten._to_copy.default, (source,)
+            node.kwargs = {"dtype": new.dtype, "device": new.device}
+        elif any(user.op == "output" for user in node.users):  # the program knows its outputs by name
+            node.target, node.args, node.kwargs = aten.clone.default, (source,), {}
         else:
             node.replace_all_uses_with(source)
             node.graph.erase_node(node)

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from torch.onnx._internal.exporter import _fx_passes
 
-from dynamictrl_edge.export.trace import Signature, trace
-from tests.test_exporter import axes
+from dynamictrl_edge.export.trace import Signature, _replaced, trace
+from tests.export_samples import axes
 
 
 class Product(torch.nn.Module):
@@ -117,3 +117,24 @@ def test_the_short_way_gives_the_graph_of_the_long_one(monkeypatch: pytest.Monke
     monkeypatch.setattr("dynamictrl_edge.export.trace._has_translation", lambda *_: False)
     long = trace(Reworded(), ports, name="product")
     assert Counter(n.op_type for n in short.graph.node) == Counter(n.op_type for n in long.graph.node)
+
+
+@pytest.mark.parametrize(
+    ("module", "path"),
+    [
+        ("torch.nothing_of_the_kind", "x"),
+        ("torch.onnx", "Nothing.x"),
+        ("torch.onnx", "nothing"),
+        ("torch.nn", "Linear.nothing"),
+    ],
+)
+def test_what_pytorch_does_not_have_is_not_replaced(module: str, path: str) -> None:
+    with _replaced(module, path, lambda *_: pytest.fail("nothing to replace")):
+        pass
+
+
+def test_what_was_replaced_is_put_back() -> None:
+    before = vars(torch.nn.Linear)["extra_repr"]
+    with _replaced("torch.nn", "Linear.extra_repr", lambda owner, old: (owner, old)):
+        assert vars(torch.nn.Linear)["extra_repr"] == (torch.nn.Linear, before)
+    assert vars(torch.nn.Linear)["extra_repr"] is before

@@ -14,7 +14,7 @@ FOLDER/checkpoint` tells.
 
 Two threads wait for each other at every operator, so that a neighbour on one core costs several times its share: on a machine
 that does other work as well, give the training precedence (`chrt --rr 1`) or one thread. glibc gives memory back to the
-system between operators; keeping it spared the VAE a fifth of the time here:
+system between operators; keeping it may spare a good part of the time:
 
     export GLIBC_TUNABLES=glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=17179869184:glibc.malloc.arena_max=1
 """
