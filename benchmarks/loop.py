@@ -176,7 +176,7 @@ class Ours:
         self._initial = given.initial
         backend: Backend
         if job.backend == "tensorrt":
-            from dynamictrl_edge.runtime.backends.gpu import TensorRTBackend
+            from dynamictrl_edge.runtime.backends.gpu_backend import TensorRTBackend
 
             backend = TensorRTBackend.open(bundle)
         else:

@@ -478,7 +478,7 @@ def _choose(bundle: Bundle, backend: str, threads: int | None) -> tuple[Backend,
     if backend == "onnxruntime":
         return OnnxRuntimeBackend(bundle, threads=threads), ""
     from ..engines.machine import look_at_gpus, look_at_machine
-    from .backends.gpu import TensorRTBackend
+    from .backends.gpu_backend import TensorRTBackend
 
     found = look_at_gpus()
     if backend == "auto" and not found[0]:

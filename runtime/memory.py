@@ -13,7 +13,7 @@ from ..bundle.errors import DeviceError
 from ..bundle.manifest import Manifest
 from .measure import physical_memory
 
-__all__ = ["MemoryPlan", "physical_memory", "plan_memory"]
+__all__ = ["GB", "MemoryPlan", "physical_memory", "plan_memory"]
 
 GB = 1e9
 PROCESS = 140_000_000  # Python, numpy, PyAV and ONNX Runtime, measured after a first small clip

@@ -17,7 +17,7 @@ from dynamictrl_edge.engines import planner
 from dynamictrl_edge.engines.engine_set import ClipSize
 from dynamictrl_edge.engines.machine import Machine
 from dynamictrl_edge.runtime import Animator, Clip
-from dynamictrl_edge.runtime.backends.gpu import NUMPY, TensorRTBackend
+from dynamictrl_edge.runtime.backends.gpu_backend import NUMPY, TensorRTBackend
 from dynamictrl_edge.runtime.backends.onnxruntime import OnnxRuntimeBackend
 from tests.cuda_fakes import FakeCuda
 from tests.trt_fake_runtime import FakeEngines, engine_set, fake_machine, output_shapes

@@ -19,7 +19,7 @@ from dynamictrl_edge.bundle.store import Bundle
 from dynamictrl_edge.runtime import Animator, Clip
 from dynamictrl_edge.runtime.backends import cuda as cuda_door
 from dynamictrl_edge.runtime.backends import ring as ring_module
-from dynamictrl_edge.runtime.backends.gpu import SLACK, TensorRTBackend
+from dynamictrl_edge.runtime.backends.gpu_backend import SLACK, TensorRTBackend
 from dynamictrl_edge.runtime.backends.onnxruntime import OnnxRuntimeBackend
 from dynamictrl_edge.runtime.backends.ring import Layout
 from dynamictrl_edge.runtime.memory import MemoryPlan

@@ -21,7 +21,7 @@ from benchmarks.loop import Job, Server, Worker, relative_rms, write_inputs
 from dynamictrl_edge.bundle.store import Bundle
 from dynamictrl_edge.engines.engine_set import ClipSize
 from dynamictrl_edge.engines.machine import Machine
-from dynamictrl_edge.runtime.backends import gpu as gpu_backend
+from dynamictrl_edge.runtime.backends import gpu_backend
 from tests.conftest import Quantized
 from tests.cuda_fakes import FakeCuda
 from tests.golden import model_dir

@@ -15,7 +15,7 @@ from dynamictrl_edge.bundle.store import Bundle
 from dynamictrl_edge.cli.main import run
 from dynamictrl_edge.engines.machine import Gpu, Machine
 from dynamictrl_edge.runtime import Animator
-from dynamictrl_edge.runtime.backends.gpu import TensorRTBackend
+from dynamictrl_edge.runtime.backends.gpu_backend import TensorRTBackend
 from tests.cli_samples import animate, refused, small_inputs
 from tests.cuda_fakes import FakeCuda
 from tests.gpu_samples import (

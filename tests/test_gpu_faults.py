@@ -24,8 +24,8 @@ from dynamictrl_edge.bundle.store import Bundle
 from dynamictrl_edge.engines.engine_set import ClipSize
 from dynamictrl_edge.runtime import Animator, Clip
 from dynamictrl_edge.runtime import text as text_module
-from dynamictrl_edge.runtime.backends import gpu as gpu_module
-from dynamictrl_edge.runtime.backends.gpu import NUMPY, TensorRTBackend
+from dynamictrl_edge.runtime.backends import gpu_backend as gpu_module
+from dynamictrl_edge.runtime.backends.gpu_backend import NUMPY, TensorRTBackend
 from dynamictrl_edge.runtime.backends.ring import DeviceBlocks
 from tests import trt_fake_runtime
 from tests.cuda_fakes import FakeCuda

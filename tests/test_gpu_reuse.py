@@ -21,7 +21,7 @@ from dynamictrl_edge.bundle.store import Bundle
 from dynamictrl_edge.cli.main import run
 from dynamictrl_edge.runtime import Animator
 from dynamictrl_edge.runtime.backends.arena import Arena
-from dynamictrl_edge.runtime.backends.gpu import OF_CACHES, SLACK, TensorRTBackend
+from dynamictrl_edge.runtime.backends.gpu_backend import OF_CACHES, SLACK, TensorRTBackend
 from dynamictrl_edge.runtime.reuse import POLICIES
 from dynamictrl_edge.runtime.reuse import device as device_module
 from tests.cli_samples import animate, small_inputs

@@ -34,7 +34,7 @@ from dynamictrl_edge.engines.engine_set import (
 from dynamictrl_edge.engines.machine import LEAN, LIBRARIES, Gpu, Machine
 from dynamictrl_edge.engines.profiles import axes_of, buildable_graphs, profile_of
 from dynamictrl_edge.engines.targets import Flavour
-from dynamictrl_edge.runtime.backends.gpu import NUMPY
+from dynamictrl_edge.runtime.backends.gpu_backend import NUMPY
 from dynamictrl_edge.runtime.backends.onnxruntime import OnnxRuntimeBackend
 from dynamictrl_edge.runtime.vae import decoded_frames, latent_frames
 from tests.cuda_fakes import FakeCuda
