@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dynamictrl_edge.bundle.config import SizeDefaults, TextConfig, TransformerConfig, VaeConfig, geometry
+from benchmarks.plan_tables import TEXT, TRANSFORMER, VAE
+from dynamictrl_edge.bundle.config import SizeDefaults, geometry
 from dynamictrl_edge.bundle.errors import DeviceError
 from dynamictrl_edge.bundle.manifest import FORMAT_NAME, FORMAT_VERSION, Manifest
 from dynamictrl_edge.runtime.memory import plan_memory
@@ -18,32 +19,9 @@ FULL = Manifest(
     format=FORMAT_NAME,
     version=FORMAT_VERSION,
     precision="fp32",
-    transformer=TransformerConfig(
-        num_attention_heads=48,
-        attention_head_dim=64,
-        num_layers=42,
-        in_channels=32,
-        out_channels=16,
-        patch_size=2,
-        patch_size_t=2,
-        text_embed_dim=4096,
-        time_embed_dim=512,
-        ofs_embed_dim=512,
-        max_text_seq_length=226,
-        sample_height=300,
-        sample_width=300,
-        sample_frames=81,
-    ),
-    vae=VaeConfig(
-        block_out_channels=(128, 256, 256, 512),
-        latent_channels=16,
-        layers_per_block=3,
-        sample_height=480,
-        sample_width=720,
-        scaling_factor=0.7,
-        invert_scale_latents=True,
-    ),
-    text=TextConfig(d_model=4096, d_kv=64, d_ff=10240, num_heads=64, num_layers=24, vocab_size=32128),
+    transformer=TRANSFORMER,
+    vae=VAE,
+    text=TEXT,
     scheduler={},
     defaults=SizeDefaults(height=768, width=1360, frames=37),
     graphs={},
