@@ -12,11 +12,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..clips import POSE_FRAMES, Masking, make_clip, masked_reference
+from ..clips import POSE_FRAMES, Masking, masked_reference
 from ..figure import PARTS
+from .drawn import training_clips
 from .language import Language
 from .settings import Shapes
 from .train_vae import to_pixels
+from .trainer import device_of
 
 __all__ = ["MASKINGS", "Batch", "LatentStore", "latent_spread", "moments"]
 
@@ -37,25 +39,28 @@ class Batch:
 
 @torch.no_grad()
 def moments(vae: Any, clips: NDArray[np.uint8]) -> Tensor:
-    """[B, F, H, W, 3] uint8 -> mean and standard deviation, [B, 2, f, C, h, w] float32."""
-    mean, log_variance = vae.encode(to_pixels(clips)).latent_dist.parameters.chunk(2, dim=1)
+    """[B, F, H, W, 3] uint8 -> mean and standard deviation, [B, 2, f, C, h, w] float32, on the processor."""
+    pixels = to_pixels(clips).to(device_of(vae))
+    mean, log_variance = vae.encode(pixels).latent_dist.parameters.cpu().chunk(2, dim=1)
     return torch.stack([mean, torch.exp(0.5 * log_variance.clamp(-30, 20))], dim=1).transpose(2, 3)
 
 
 def latent_spread(vae: Any, clips: int) -> float:
     """Root mean square of the video latents of training clips, sampled, which the scaling factor makes one."""
-    squares = [moments(vae, make_clip("train", i).frames[None])[0].square().sum(0).mean() for i in range(clips)]
+    squares = [moments(vae, clip.frames[None])[0].square().sum(0).mean() for _, clip in training_clips(0, clips)]
     return float(torch.stack(squares).mean().sqrt())
 
 
 class LatentStore:
     """The first `count` training clips, made by `vae` in order, as far as they are missing; see `DrawnClips`."""
 
-    def __init__(self, folder: Path, vae: Any, language: Language, shapes: Shapes, count: int) -> None:
+    def __init__(
+        self, folder: Path, vae: Any, language: Language, shapes: Shapes, count: int, workers: int = 1
+    ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         f, h, w = shapes.latent_size
         c = shapes.latent_channels
-        self.vae, self.language = vae, language
+        self.vae, self.language, self._workers = vae, language, workers
         self._done = folder / "latents.json"
         self.clips = _file(folder / "clips.f16", np.float16, (count, 2, 2, f, c, h, w))  # video, pose; mean, std
         self.images = _file(folder / "images.f16", np.float16, (count, len(MASKINGS), 2, c, h, w))
@@ -65,8 +70,7 @@ class LatentStore:
 
     def ensure(self, count: int) -> None:
         """Encodes until there are `count` clips."""
-        for i in range(self.count, min(count, len(self.tokens))):
-            clip = make_clip("train", i)
+        for i, clip in training_clips(self.count, min(count, len(self.tokens)), self._workers):
             self.clips[i] = moments(self.vae, np.stack([clip.frames, clip.pose])).numpy()
             references = [masked_reference(clip.frames[0], clip.parts[0], masking) for masking in MASKINGS]
             self.images[i] = moments(self.vae, np.stack(references)[:, None])[:, :, 0].numpy()

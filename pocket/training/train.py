@@ -1,7 +1,7 @@
 """Trains the pocket checkpoint from nothing: VAE, then transformer and text encoder on its latents.
 
     python -m pocket.training.train --out FOLDER [--from CHECKPOINT [--encoder]] [--threads 2]
-                                    [--vae-hours 1] [--dit-hours 8] [--smoke]
+                                    [--device cuda] [--batch 12] [--vae-hours 1] [--dit-hours 8] [--smoke]
 
 `--from pocket/model` goes on from a finished checkpoint instead: then the VAE's encoder stays as it is, unless `--encoder` lets
 it learn too and the transformer follow it. The transformer then learns from its own estimates (`settings.REFINE`): sampling
@@ -17,6 +17,9 @@ that does other work as well, give the training precedence (`chrt --rr 1`) or on
 system between operators; keeping it may spare a good part of the time:
 
     export GLIBC_TUNABLES=glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=17179869184:glibc.malloc.arena_max=1
+
+`--device cuda` trains on a GPU, with clips drawn beforehand by `--threads` processes; the same random numbers are drawn on the
+processor. A folder may go on on another device. (No GPU has run it yet; a test follows every tensor's device in the losses.)
 """
 
 from __future__ import annotations
@@ -44,11 +47,18 @@ __all__ = ["train"]
 
 
 def train(
-    folder: Path, settings: Settings, *, threads: int = 1, start: Path | None = None, encoder: bool = False
+    folder: Path,
+    settings: Settings,
+    *,
+    threads: int = 1,
+    start: Path | None = None,
+    encoder: bool = False,
+    device: torch.device | str = "cpu",
 ) -> Networks:
     """All phases, each to the end of its budget; see the module.
 
-    `start`: the checkpoint to go on from. `encoder`: whether the VAE's encoder then learns too.
+    `start`: the checkpoint to go on from. `encoder`: whether the VAE's encoder then learns too. `device`: where the networks
+    are trained, "cpu" or "cuda"; a run may change it.
     """
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer = folder / "tokenizer"
@@ -59,7 +69,7 @@ def train(
             shutil.copytree(start / "tokenizer", tokenizer)
     language = Language(tokenizer, settings.shapes.text_length)
 
-    vae = train_vae(folder / "vae", settings, threads, start, encoder=start is None or encoder)
+    vae = train_vae(folder / "vae", settings, threads, start, encoder=start is None or encoder, device=device)
     if start is None:
         scaling = _scaling(folder, vae)
     else:
@@ -70,7 +80,7 @@ def train(
         card = model_card(settings, spent)
         return write_checkpoint(folder / "checkpoint", networks, tokenizer, spent=spent, card=card)
 
-    networks = train_dit(folder / "dit", settings, vae, language, scaling, threads, keep, start)
+    networks = train_dit(folder / "dit", settings, vae, language, scaling, threads, keep, start, device)
     size = keep(networks)
     (folder / "done.json").write_text(json.dumps({"bytes": size, "when": time.strftime("%Y-%m-%dT%H:%M:%S")}) + "\n")
     return networks
@@ -99,18 +109,28 @@ def main() -> int:
     parser.add_argument("--out", type=Path, required=True, metavar="FOLDER")
     parser.add_argument("--from", dest="start", type=Path, metavar="CHECKPOINT", help="begin with its weights")
     parser.add_argument("--encoder", action="store_true", help="with --from: the VAE's encoder learns too")
-    parser.add_argument("--threads", type=int, default=2, help="processor cores to use")
+    parser.add_argument("--threads", type=int, default=2, help="processor cores to use; they also draw the clips")
+    parser.add_argument("--device", default="cpu", help="where to train: cpu or cuda")
+    parser.add_argument("--batch", type=int, help=f"clips in a step of the transformer, {FULL.dit.batch} if not given")
     parser.add_argument("--vae-hours", type=float, default=FULL.vae.hours)
     parser.add_argument("--dit-hours", type=float, default=FULL.dit.hours)
     parser.add_argument("--smoke", action="store_true", help="tiny networks and a few steps: does everything run?")
     given = parser.parse_args()
+    if given.device != "cpu" and not torch.cuda.is_available():
+        parser.error(f"--device {given.device}: PyTorch {torch.__version__} finds no GPU here")
     settings = SMOKE if given.smoke else FULL if given.start is None else REFINE
     settings = dataclasses.replace(
         settings,
         vae=dataclasses.replace(settings.vae, hours=given.vae_hours),
-        dit=dataclasses.replace(settings.dit, hours=given.dit_hours),
+        dit=dataclasses.replace(
+            settings.dit,
+            hours=given.dit_hours,
+            batch=given.batch or settings.dit.batch,
+        ),
     )
-    train(given.out, settings, threads=given.threads, start=given.start, encoder=given.encoder)
+    if given.device != "cpu":
+        torch.set_float32_matmul_precision("high")  # TF32
+    train(given.out, settings, threads=given.threads, start=given.start, encoder=given.encoder, device=given.device)
     return 0
 
 

@@ -29,7 +29,7 @@ from .latents import Batch, LatentStore, moments
 from .networks import SCHEDULER, make_text_encoder, make_transformer, rotary
 from .settings import Settings
 from .start import load_weights
-from .trainer import Part, Trainer
+from .trainer import Part, Trainer, device_of
 
 __all__ = ["Networks", "sample", "train_dit"]
 
@@ -59,6 +59,7 @@ def train_dit(
     threads: int,
     keep: Callable[[Networks], object],
     start: Path | None = None,
+    device: torch.device | str = "cpu",
 ) -> Networks:
     """Trains, or goes on training, to the end of the budget; `keep` is given the averaged networks now and then.
 
@@ -70,20 +71,22 @@ def train_dit(
     if start is not None:
         load_weights(transformer, start / "transformer")
         load_weights(text_encoder, start / "text_encoder")
-    networks = Networks(settings, vae, transformer, text_encoder, language, scaling)
+    networks = Networks(settings, vae.to(device), transformer.to(device), text_encoder.to(device), language, scaling)
     models = {"transformer": transformer, "text_encoder": text_encoder}
     trainer = Trainer.of(folder, models, run, settings, threads, lambda name: HIDDEN.search(name) is not None)
     if not trainer.done:
-        store = LatentStore(folder, vae, language, settings.shapes, run.clips)
-        alphas = CogVideoXDPMScheduler.from_config(SCHEDULER).alphas_cumprod.float()
-        tables = rotary(settings.shapes)
+        on_processor = device_of(transformer).type == "cpu"
+        store = LatentStore(folder, vae, language, settings.shapes, run.clips, threads)
+        alphas = CogVideoXDPMScheduler.from_config(SCHEDULER).alphas_cumprod.float().to(device)
+        tables = _tables(settings, device)
 
         def parts() -> list[Part]:
-            ready = min(run.clips, FIRST + trainer.progress.step // 2)  # the rest is encoded as training goes
+            # A GPU would wait for clips that are encoded as training goes.
+            ready = min(run.clips, FIRST + trainer.progress.step // 2) if on_processor else run.clips
             store.ensure(ready)
             batch = store.batch(trainer.random, trainer.noise, ready, run.batch, run.masked_share, run.caption_dropout)
-            count = threads if run.batch % threads == 0 else 1
-            return _losses(networks, batch, alphas, tables, trainer.noise, count)
+            count = threads if on_processor and run.batch % threads == 0 else 1
+            return _losses(networks, batch, alphas, tables, trainer.random, trainer.noise, count)
 
         def look() -> None:
             _sheet(folder, networks, trainer, settings.sheet_clips)
@@ -103,7 +106,8 @@ def _losses(
     batch: Batch,
     alphas: Tensor,
     tables: tuple[Tensor, Tensor],
-    random: torch.Generator,
+    random: np.random.Generator,
+    generator: torch.Generator,
     count: int,
 ) -> list[Part]:
     """The loss of a batch, in `count` equal shares of it.
@@ -112,24 +116,26 @@ def _losses(
     of the truth, which stays the target: sampling knows no other latents, and errors of one step are mended in the next
     only by a model that has seen them.
     """
-    run, scaling = networks.settings.dit, networks.scaling_factor
+    run, scaling, device = networks.settings.dit, networks.scaling_factor, alphas.device
+    batch = Batch(*(tensor.to(device) for tensor in (batch.video, batch.pose, batch.image, batch.person, batch.tokens)))
     clean = batch.video * scaling
     size, last = len(clean), len(alphas) - 1
     # One timestep from each of `size` equal spans: the loss of a batch then says less about its luck.
-    spans = (torch.arange(size) + torch.rand(size, generator=random)) / size
+    spans = (torch.arange(size) + torch.rand(size, generator=generator)) / size
     timesteps = (spans * len(alphas)).long().clamp(max=last)
-    alpha = alphas[timesteps][:, None, None, None, None]
-    noise = torch.randn(clean.shape, generator=random)
-    own = torch.rand(size, generator=random) < run.own_share
+    noise = torch.randn(clean.shape, generator=generator).to(device)
+    own = random.random(size) < run.own_share
     # Half of the estimates are made from nothing but noise, as the first step's; half one step of 20 to 3 before.
-    before = timesteps + torch.randint(*EARLIER, (size,), generator=random)
-    before = torch.where(torch.rand(size, generator=random) < 0.5, last, before.clamp(max=last))
-    noise_before = torch.randn(clean.shape, generator=random)
+    before = timesteps + torch.randint(*EARLIER, (size,), generator=generator)
+    before = torch.where(torch.rand(size, generator=generator) < 0.5, last, before.clamp(max=last)).to(device)
+    noise_before = torch.randn(clean.shape, generator=generator).to(device)
+    timesteps = timesteps.to(device)
     image = torch.cat([batch.image[:, None], torch.zeros_like(clean[:, 1:])], dim=1)
     pose = batch.pose * scaling
     # The error of v is that of the estimate over 1 - alpha, which tells little from nothing where the estimate was the
     # model's own and hardly any noise hides it.
-    weight = (1 + run.person_weight * batch.person) * torch.where(own[:, None, None, None, None], 1 - alpha, 1.0)
+    remains = (1 - alphas[timesteps]).where(torch.from_numpy(own).to(device), torch.ones((), device=device))
+    weight = (1 + run.person_weight * batch.person) * remains[:, None, None, None, None]
     weight = weight / weight.mean()
 
     def velocity_of(noisy: Tensor, rows: Any, times: Tensor) -> Tensor:
@@ -139,18 +145,19 @@ def _losses(
             times,
             pose[rows],
             tables,
-            torch.full((1,), OFS_VALUE),
+            torch.full((1,), OFS_VALUE, device=device),
         )
 
     def share(index: int) -> dict[str, Tensor]:
-        rows = torch.arange(index, size, count)  # every share has all spans of time
+        rows = np.arange(index, size, count)  # every share has all spans of time
         base = clean[rows]
-        mine = rows[own[rows]]
-        if len(mine):
+        where = np.flatnonzero(own[rows])
+        if len(where):
+            mine = rows[where]
             with torch.no_grad():
                 signal, rest = _roots(alphas[before[mine]])
                 noisy = signal * clean[mine] + rest * noise_before[mine]
-                base[own[rows]] = signal * noisy - rest * velocity_of(noisy, mine, before[mine])
+                base[where] = signal * noisy - rest * velocity_of(noisy, mine, before[mine])
         signal, rest = _roots(alphas[timesteps[rows]])
         noisy = signal * base + rest * noise[rows]
         # The v from which the scheduler's estimate, signal x - rest v, is the truth.
@@ -165,6 +172,11 @@ def _losses(
         }
 
     return [partial(share, index) for index in range(count)]
+
+
+def _tables(settings: Settings, device: torch.device | str) -> tuple[Tensor, Tensor]:
+    cos, sin = rotary(settings.shapes)
+    return cos.to(device), sin.to(device)
 
 
 def _roots(alpha: Tensor) -> tuple[Tensor, Tensor]:
@@ -185,30 +197,30 @@ def sample(
     seed: int = 0,
 ) -> NDArray[np.uint8]:
     """reference [H, W, 3], pose [F, H, W, 3] -> [F - 4, H, W, 3], as the pipeline does it, but for the stream of noise."""
-    generator = torch.Generator().manual_seed(seed)
+    generator, device = torch.Generator().manual_seed(seed), device_of(networks.transformer)
 
     def drawn(frames: NDArray[np.uint8]) -> Tensor:
         mean, std = moments(networks.vae, frames[None])[0]
-        return (mean + std * torch.randn(mean.shape, generator=generator))[None]
+        return (mean + std * torch.randn(mean.shape, generator=generator))[None].to(device)
 
     image = drawn(reference[None])
     pose_latents = drawn(pose) * networks.scaling_factor
     captions = ["", caption] if guidance > 1 else [caption]
-    tokens = torch.from_numpy(np.stack([networks.language.ids(text) for text in captions]))
+    tokens = torch.from_numpy(np.stack([networks.language.ids(text) for text in captions])).to(device)
     final = denoise(
         networks.transformer,
         CogVideoXDPMScheduler.from_config(SCHEDULER),
         prompt_embeds=networks.text_encoder(tokens)[0],
-        latents=torch.randn(pose_latents.shape, generator=generator),
+        latents=torch.randn(pose_latents.shape, generator=generator).to(device),
         image_latents=torch.cat([image, torch.zeros_like(pose_latents[:, 1:])], dim=1),
         pose_latents=pose_latents,
-        rotary=rotary(networks.settings.shapes),
+        rotary=_tables(networks.settings, device),
         steps=steps,
         guidance=guidance,
         generator=generator,
     )
     latents = (final[:, 1:] / networks.scaling_factor).transpose(1, 2)
-    pixels = networks.vae.decode(latents).sample[0]
+    pixels = networks.vae.decode(latents).sample[0].cpu()
     frames: NDArray[np.uint8] = ((pixels.clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 3, 0).numpy()
     return frames
 

@@ -24,7 +24,7 @@ from .drawn import DrawnClips
 from .networks import make_vae
 from .settings import Settings
 from .start import load_weights
-from .trainer import Part, Trainer
+from .trainer import Part, Trainer, device_of
 
 __all__ = ["photo_psnr", "train_vae"]
 
@@ -34,7 +34,13 @@ ENDS = re.compile("conv_in|conv_out")  # layers that AdamW trains; Muon has the 
 
 
 def train_vae(
-    folder: Path, settings: Settings, threads: int, start: Path | None = None, *, encoder: bool = True
+    folder: Path,
+    settings: Settings,
+    threads: int,
+    start: Path | None = None,
+    *,
+    encoder: bool = True,
+    device: torch.device | str = "cpu",
 ) -> Any:
     """Trains, or goes on training, to the end of the budget; returns the VAE with its averaged weights.
 
@@ -46,13 +52,15 @@ def train_vae(
     vae = make_vae(settings.shapes)
     if start is not None:
         load_weights(vae, start / "vae")
-    vae.encoder.requires_grad_(encoder)
+    vae.to(device).encoder.requires_grad_(encoder)
     trainer = Trainer.of(folder, {"vae": vae}, run, settings, threads, lambda name: ENDS.search(name) is None)
     if not trainer.done:
-        drawn = DrawnClips(folder, run.clips)
+        on_processor = device_of(vae).type == "cpu"
+        drawn = DrawnClips(folder, run.clips, threads)
 
         def parts() -> list[Part]:
-            ready = min(run.clips, FIRST + trainer.progress.step)  # the rest is drawn as training goes
+            # A GPU would wait for clips that are drawn as training goes.
+            ready = min(run.clips, FIRST + trainer.progress.step) if on_processor else run.clips
             drawn.ensure(ready)
             return [lambda: _loss(vae, drawn.pixels[:ready], trainer, settings, stills=start is None)]
 
@@ -87,12 +95,13 @@ def _loss(vae: Any, clips: NDArray[np.uint8], trainer: Trainer, settings: Settin
     for kind in kinds:
         start = int(random.integers(POSE_FRAMES - length + 1))
         windows.append(clips[random.integers(len(clips)), kind, start : start + length])
-    pixels = to_pixels(np.stack(windows))
-    is_pose = torch.tensor(kinds, dtype=torch.float32)[:, None, None, None, None]
+    device = device_of(vae)
+    pixels = to_pixels(np.stack(windows)).to(device)
+    is_pose = torch.tensor(kinds, dtype=torch.float32)[:, None, None, None, None].to(device)
 
     mean, log_variance = vae.encode(pixels).latent_dist.parameters.chunk(2, dim=1)
     log_variance = log_variance.clamp(-30, 20)
-    noise = torch.randn(mean.shape, generator=trainer.noise)
+    noise = torch.randn(mean.shape, generator=trainer.noise).to(device)
     latents = mean + torch.exp(0.5 * log_variance) * noise
     if length > 1:
         keep = latents.shape[2] - drop
@@ -122,7 +131,7 @@ def photo_psnr(vae: Any, clips: int, kind: str = "frames") -> tuple[float, np.nd
     for i in range(clips):
         clip = make_clip("held-out", i)
         truth = clip.frames[:17] if kind == "frames" else clip.pose[:17]
-        pixels = vae.decode(vae.encode(to_pixels(truth[None])).latent_dist.mean).sample
+        pixels = vae.decode(vae.encode(to_pixels(truth[None]).to(device_of(vae))).latent_dist.mean).sample.cpu()
         rebuilt = ((pixels[0].clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 3, 0).numpy()
         error = np.mean((rebuilt.astype(np.float64) - truth) ** 2, axis=(1, 2, 3))
         results.append(float(np.mean(10 * np.log10(255**2 / np.maximum(error, 1e-9)))))

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from .muon import Muon
 from .settings import DitRun, Settings, VaeRun
 
-__all__ = ["Part", "Progress", "Trainer", "learning_rate"]
+__all__ = ["Part", "Progress", "Trainer", "device_of", "learning_rate"]
 
 Part = Callable[[], dict[str, Tensor]]  # named terms of a step's loss, over a share of its batch
 
@@ -34,6 +34,11 @@ def learning_rate(share: float, step: int, peak: float, warm_up: int) -> float:
     """Linear warm-up over the first `warm_up` steps, and over the whole run (`share` 0..1) a cosine down to 2 % of the peak."""
     cosine = 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * share))
     return peak * cosine * min(1.0, (step + 1) / warm_up)
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where its weights are."""
+    return next(model.parameters()).device
 
 
 LONGEST = 20.0  # seconds of a step that count: one that took longer was stopped, or waited for its clips
@@ -52,9 +57,10 @@ class Progress:
 
 
 class Trainer:
-    """Trains `models`: what `hidden` says of a parameter's name with Muon, the rest with AdamW.
+    """Trains `models` where they are: what `hidden` says of a parameter's name with Muon, the rest with AdamW.
 
-    Random numbers of a step come from `self.random` (numpy) and `self.noise` (torch).
+    Random numbers of a step come from `self.random` (numpy) and `self.noise` (torch), on the processor, so that they are the
+    same wherever the models are.
     """
 
     def __init__(
@@ -253,7 +259,12 @@ class Trainer:
                 for optimizer, _ in self.optimizers:
                     keys = ("momentum",) if isinstance(optimizer, Muon) else ("step", "exp_avg", "exp_avg_sq")
                     if all(f"optimizer.{key}.{name}" in names for key in keys) and _holds(optimizer, parameter):
-                        optimizer.state[parameter] = {key: file.get_tensor(f"optimizer.{key}.{name}") for key in keys}
+                        moments = {key: file.get_tensor(f"optimizer.{key}.{name}") for key in keys}
+                        # AdamW counts its steps on the processor.
+                        optimizer.state[parameter] = {
+                            key: value if key == "step" else value.to(parameter.device)
+                            for key, value in moments.items()
+                        }
             self.noise.set_state(file.get_tensor("noise"))
         self.random.bit_generator.state = json.loads(about["random"])
         self.progress = Progress(**json.loads(about["progress"]))
