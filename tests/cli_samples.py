@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import subprocess
 import sys
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+import av
 import numpy as np
 import pytest
 from numpy.typing import NDArray
@@ -124,3 +127,24 @@ def refused(capsys: pytest.CaptureFixture[str], folder: Path, arguments: list[st
 def pngs(folder: Path) -> Frames:
     """The frames of a folder, [F, H, W, 3]."""
     return np.stack([np.asarray(Image.open(path)) for path in sorted(folder.iterdir())])
+
+
+def made(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> Any:
+    """Runs a command line that must work; returns what it printed as JSON."""
+    capsys.readouterr()
+    code = run([*arguments, "--json"])
+    out, err = capsys.readouterr()
+    assert code == 0, err
+    return json.loads(out)
+
+
+def assert_video(path: Path, count: int, rate: Fraction | int, width: int, height: int) -> Frames:
+    """Plays an MP4 from its beginning to its end."""
+    with av.open(str(path)) as container:
+        (stream,) = container.streams.video
+        assert (stream.codec_context.name, stream.pix_fmt) == ("h264", "yuv420p")
+        decoded = list(container.decode(stream))
+        assert stream.average_rate == rate
+    assert [frame.time for frame in decoded] == pytest.approx([i / float(rate) for i in range(count)])
+    assert {(frame.width, frame.height) for frame in decoded} == {(width, height)}
+    return np.stack([frame.to_ndarray(format="rgb24") for frame in decoded])

@@ -14,7 +14,7 @@ import pytest
 from filelock import FileLock, Timeout
 from hypothesis import settings
 
-from tests.cli_samples import without_graphs
+from tests.cli_samples import Inputs, small_inputs, without_graphs
 from tests.golden import model_dir
 from tests.gpu_samples import TRT, Machinery, assert_nothing_left, machinery, with_engines
 
@@ -208,3 +208,9 @@ def gpu(root: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Machinery]:
     yield made
     made.animator.close()
     assert_nothing_left(made)
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Inputs:
+    """A small photo and pose clip, whatever they show."""
+    return small_inputs(tmp_path_factory.mktemp("inputs"))

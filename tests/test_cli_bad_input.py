@@ -26,11 +26,6 @@ from tests.media_samples import cut, noise, numbered, remove_time, write_png_hea
 Capture = pytest.CaptureFixture[str]
 
 
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory: pytest.TempPathFactory) -> Inputs:
-    return small_inputs(tmp_path_factory.mktemp("inputs"))
-
-
 @pytest.fixture
 def out(tmp_path: Path) -> Path:
     """An output folder that already holds something."""

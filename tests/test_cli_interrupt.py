@@ -23,7 +23,7 @@ from dynamictrl_edge.cli import main as command_line
 from dynamictrl_edge.cli.console import Progress
 from dynamictrl_edge.cli.main import run
 from dynamictrl_edge.runtime import Animator
-from tests.cli_samples import PROGRAM, PROMPT, Inputs, animate, listing, one_thread, small_inputs, without_graphs
+from tests.cli_samples import PROGRAM, PROMPT, Inputs, animate, listing, one_thread, without_graphs
 from tests.golden import model_dir
 from tests.media_samples import noise
 
@@ -40,11 +40,6 @@ def _signals_arrive() -> Iterator[None]:
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory: pytest.TempPathFactory) -> Inputs:
-    return small_inputs(tmp_path_factory.mktemp("inputs"))
 
 
 @pytest.fixture
