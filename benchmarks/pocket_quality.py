@@ -25,7 +25,7 @@ from benchmarks.receipt import ROOT, write_receipt
 from dynamictrl_edge.bundle.tensors import sha256_of
 from dynamictrl_edge.export.exporter import export_checkpoint
 from pocket.clips import COLUMNS, FRAMES, ROWS, Pixels
-from pocket.evaluate import Animate, contact_sheet, evaluate, of_bundle, table
+from pocket.evaluate import MASKED_GUIDANCE, Animate, contact_sheet, evaluate, of_bundle, table
 
 
 def main() -> int:
@@ -34,7 +34,7 @@ def main() -> int:
     parser.add_argument("--clips", type=int, default=50)
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--guidance", type=float, default=1.0)
-    parser.add_argument("--masked-guidance", type=float, default=3.0)
+    parser.add_argument("--masked-guidance", type=float, default=MASKED_GUIDANCE)
     parser.add_argument("--threads", type=int, default=None)
     parser.add_argument("--no-write", action="store_true", help="only print the table")
     given = parser.parse_args()

@@ -24,7 +24,10 @@ from dynamictrl_edge.runtime.metrics import psnr, ssim
 from .clips import COLUMNS, FRAMES, LEAD, ROWS, Clip, Masking, Pixels, make_clip
 from .measures import background_colours, clothes_colours, identity, limb_errors, person_psnr
 
-__all__ = ["Animate", "Codec", "Report", "Row", "contact_sheet", "evaluate", "of_bundle", "table"]
+__all__ = ["MASKED_GUIDANCE", "Animate", "Codec", "Report", "Row", "contact_sheet", "evaluate", "of_bundle", "table"]
+
+# Of 1.5, 2, 3, 4.5 and 6 on the held-out clips 60 to 83: the most colours right, and within 0.2 dB of the best PSNR.
+MASKED_GUIDANCE = 2.0
 
 Animate = Callable[[Pixels, Pixels, str, int, float], Pixels]
 """(reference [H, W, 3], pose [POSE_FRAMES, H, W, 3], caption, seed, guidance) -> [FRAMES, H, W, 3], all uint8."""
@@ -80,7 +83,7 @@ def evaluate(
     clips: int = 50,
     masked: int | None = None,
     guidance: float = 1.0,
-    masked_guidance: float = 3.0,
+    masked_guidance: float = MASKED_GUIDANCE,
     ablations: bool = True,
     first: int = 0,
     strips: int = 8,
