@@ -28,20 +28,11 @@ from tests.cli_samples import (
     small_inputs,
     write_inputs,
 )
-from tests.golden import case, max_abs, model_dir
+from tests.golden import PIPELINES, case, max_abs, model_dir
 from tests.media_samples import noise, numbered, real_file, write_video
 
 LATENT_LIMIT = 5e-4  # of the golden README
 LEVELS = 1
-
-PIPELINES = (
-    "pipeline10_cfg3",
-    "pipeline10_nocfg",
-    "pipeline10_tiled_resized",
-    "pipeline15_cfg3_f13",
-    "pipeline15_cfg3_f9",
-    "pipeline15_nocfg_f9",
-)
 
 
 def latents_of(

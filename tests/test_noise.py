@@ -14,17 +14,7 @@ from hypothesis import strategies as st
 
 from dynamictrl_edge.bundle.errors import UsageError
 from dynamictrl_edge.runtime.noise import NoiseSource, _box_muller
-from tests.golden import case
-
-PIPELINES = (
-    "pipeline10_cfg3",
-    "pipeline10_nocfg",
-    "pipeline10_tiled_resized",
-    "pipeline15_cfg3_f13",
-    "pipeline15_cfg3_f9",
-    "pipeline15_nocfg_f9",
-)
-
+from tests.golden import PIPELINES, case
 
 # torch.randn of 4 values, and values 0, 7, 8, 15 of torch.randn of 16, with seed 42
 KNOWN_SMALL = [0.33669036626815796, 0.12880940735340118, 0.23446236550807953, 0.23033303022384644]

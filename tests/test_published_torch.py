@@ -24,7 +24,7 @@ from benchmarks.published_torch import (
     load_transformer,
     rotary_tables,
 )
-from tests.golden import case, max_abs, model_dir, relative_rms
+from tests.golden import PIPELINES, case, max_abs, model_dir, relative_rms
 
 TRANSFORMER_CASES = [
     "transformer10_a",
@@ -32,14 +32,6 @@ TRANSFORMER_CASES = [
     "transformer10_learnedpos",
     "transformer15_a",
     "transformer15_b",
-]
-PIPELINE_CASES = [
-    "pipeline10_cfg3",
-    "pipeline10_nocfg",
-    "pipeline10_tiled_resized",
-    "pipeline15_cfg3_f13",
-    "pipeline15_cfg3_f9",
-    "pipeline15_nocfg_f9",
 ]
 
 
@@ -179,7 +171,7 @@ def raised_latents(frames: int, patch_size_t: int | None) -> int:
     return (raised_frames(frames, patch_size_t)[1] - 1) // 4 + 1
 
 
-@pytest.mark.parametrize("name", PIPELINE_CASES)
+@pytest.mark.parametrize("name", PIPELINES)
 def test_denoising_loop_meets_every_golden_step(name: str) -> None:
     arrays, info = case(name)
     settings = info["settings"]
@@ -210,7 +202,7 @@ def test_denoising_loop_meets_every_golden_step(name: str) -> None:
     assert relative_rms(final.numpy(), arrays["final_latents"]) <= 1e-4
 
 
-@pytest.mark.parametrize("name", PIPELINE_CASES)
+@pytest.mark.parametrize("name", PIPELINES)
 def test_whole_pipeline_meets_the_golden_video(name: str) -> None:
     arrays, info = case(name)
     settings = info["settings"]

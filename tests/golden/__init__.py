@@ -11,6 +11,15 @@ import numpy as np
 from safetensors.numpy import load_file
 
 ROOT = Path(__file__).parent
+# Cases of the whole pipeline.
+PIPELINES = (
+    "pipeline10_cfg3",
+    "pipeline10_nocfg",
+    "pipeline10_tiled_resized",
+    "pipeline15_cfg3_f13",
+    "pipeline15_cfg3_f9",
+    "pipeline15_nocfg_f9",
+)
 
 
 @cache
