@@ -68,9 +68,10 @@ def test_the_transformers_loss_follows_its_weights() -> None:
     settings = dataclasses.replace(SMOKE, dit=REFINE.dit)
     networks = dit_phase.Networks(settings, None, transformer, text_encoder, None, 1.0)  # type: ignore[arg-type]
     alphas, tables = torch.zeros(1000, device=AWAY), dit_phase._tables(settings, AWAY)
+    kernel = torch.zeros(2, shapes.latent_channels, 2, 3, 3, device=AWAY)
     with OneDevice():
         (part,) = dit_phase._losses(
-            networks, batch, alphas, tables, np.random.default_rng(0), torch.Generator().manual_seed(0), 1
+            networks, batch, alphas, tables, kernel, np.random.default_rng(0), torch.Generator().manual_seed(0), 1
         )
         gradients_lie_with([*transformer.parameters(), *text_encoder.parameters()], part()["loss"])
 

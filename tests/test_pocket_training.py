@@ -78,11 +78,13 @@ def test_a_finished_checkpoint_is_a_beginning(trained: tuple[Path, Networks], tm
     assert again.scaling_factor == networks.scaling_factor
     assert not torch.equal(again.vae.decoder.conv_in.conv.weight, networks.vae.decoder.conv_in.conv.weight)
     spent = json.loads((tmp_path / "run" / "checkpoint" / "training.json").read_text())
-    assert spent["vae"]["steps"] == spent["dit"]["steps"] == spent["own"]["steps"] == 5
+    assert spent["vae"]["steps"] == spent["dit"]["steps"] == spent["own"]["steps"] == spent["pixels"]["steps"] == 5
     card = (tmp_path / "run" / "checkpoint" / "README.md").read_text()
     assert "5 steps in" in card and "The last 5 of them learned from the transformer's own estimates" in card
-    plain = dataclasses.replace(settings, dit=dataclasses.replace(settings.dit, own_share=0.0))
-    assert "own estimates" not in model_card(plain, spent_on(tmp_path / "run", own=False))
+    assert "In the last 5 most of the loss was what an error shows in pixels" in card
+    plain = dataclasses.replace(settings, dit=dataclasses.replace(settings.dit, own_share=0.0, pixel_share=0.0))
+    card = model_card(plain, spent_on(tmp_path / "run", None, plain.dit))
+    assert "own estimates" not in card and "in pixels" not in card
 
 
 def test_a_vae_that_was_trained_further_does_not_fit_the_latents_of_before(trained: tuple[Path, Networks]) -> None:
@@ -194,8 +196,8 @@ class Recorder(nn.Module):
         return self.answers[len(self.calls) - 1](noisy, timesteps)
 
 
-@pytest.mark.parametrize("own_share", [0.0, 1.0])
-def test_what_the_loss_wants_is_the_truth_from_the_latents_that_were_seen(own_share: float) -> None:
+@pytest.mark.parametrize(("own_share", "pixel_share"), [(0.0, 0.0), (1.0, 0.0), (1.0, 1.0)])
+def test_what_the_loss_wants_is_the_truth_from_the_latents_that_were_seen(own_share: float, pixel_share: float) -> None:
     shapes = SMOKE.shapes
     f, h, w = shapes.latent_size
     video = torch.randn(6, f, shapes.latent_channels, h, w, generator=torch.Generator().manual_seed(1))
@@ -221,10 +223,13 @@ def test_what_the_loss_wants_is_the_truth_from_the_latents_that_were_seen(own_sh
     wrong = torch.full_like(video, 7.0)
     answers = [velocity(wrong), velocity(video * scale)] if own_share else [velocity(video * scale)]
     transformer = Recorder(*answers)
-    settings = dataclasses.replace(SMOKE, dit=dataclasses.replace(SMOKE.dit, own_share=own_share))
+    settings = dataclasses.replace(
+        SMOKE, dit=dataclasses.replace(SMOKE.dit, own_share=own_share, pixel_share=pixel_share)
+    )
     networks = Networks(settings, None, transformer, lambda tokens: [tokens], None, scale)  # type: ignore[arg-type]
     draws = np.random.default_rng(2), torch.Generator().manual_seed(2)
-    (part,) = _losses(networks, batch, alphas, rotary(shapes), *draws, 1)
+    kernel = torch.ones(1, shapes.latent_channels, 2, 3, 3) if pixel_share else None
+    (part,) = _losses(networks, batch, alphas, rotary(shapes), kernel, *draws, 1)
     assert part()["loss"] < 1e-6
 
     noisy, timesteps = transformer.calls[-1]

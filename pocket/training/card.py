@@ -14,13 +14,18 @@ __all__ = ["model_card"]
 def model_card(settings: Settings, spent: Mapping[str, Spent]) -> str:
     """The card's text; `benchmarks/tables.py` puts the measured figures between its two marks."""
     shapes = settings.shapes
-    vae, dit, own = spent["vae"], spent["dit"], spent["own"]
+    vae, dit, own, pixels = (spent[name] for name in ("vae", "dit", "own", "pixels"))
     refined = (
         f"\nThe last {own['steps']} of them learned from the transformer's own estimates, with more captions that have to say\n"
         "what a reference lacks: sampling starts every step from such an estimate."
         if own["steps"]
         else ""
     )
+    if pixels["steps"]:
+        refined += (
+            f"\nIn the last {pixels['steps']} most of the loss was what an error shows in pixels, by a linear stand-in for the"
+            " decoder."
+        )
     channels = ", ".join(map(str, shapes.channels))
     vae_sizes = f"{shapes.latent_channels} latent channels, {shapes.scale}x in space, 4x in time"
     dit_sizes = f"{shapes.blocks} blocks of width {shapes.heads * shapes.head_dim}, {shapes.heads} heads"

@@ -76,6 +76,7 @@ class DitRun:
     average: float = 0.998
     caption_dropout: float = 0.1
     masked_share: float = 0.5
+    pixel_share: float = 0.0  # of the loss, for what shows of an error in pixels instead of the error of the latents
     person_weight: float = 1.0  # extra weight of the person's region
     own_share: float = 0.0  # samples whose noise is added to the model's own estimate, as while sampling
     hours: float = 8.0
@@ -104,7 +105,8 @@ REFINE = dataclasses.replace(
         hidden_rate=1.6e-3,
         average=0.99,
         masked_share=0.65,
-        person_weight=2.0,
+        pixel_share=0.75,
+        person_weight=4.0,
         own_share=0.9,
     ),
 )
@@ -121,7 +123,7 @@ SMOKE = Settings(
         text_ff=32,
     ),
     vae=dataclasses.replace(FULL.vae, steps=4, clips=3, warm_up=1),
-    dit=dataclasses.replace(FULL.dit, steps=4, clips=3, batch=2, warm_up=1, own_share=0.5),
+    dit=dataclasses.replace(FULL.dit, steps=4, clips=3, batch=2, warm_up=1, pixel_share=0.5, own_share=0.5),
     keep_every=0.0,
     sheet_every=4,
     sheet_clips=3,

@@ -9,9 +9,13 @@ from typing import TypedDict
 from safetensors.torch import load_file
 from torch import nn
 
+from .settings import DitRun
+
 __all__ = ["RECORD", "Spent", "load_weights", "spent_on"]
 
-PHASES = ("vae", "dit", "own")  # "own": the transformer's steps on its own estimates, which "dit" counts as well
+PHASES = ("vae", "dit")
+# Kinds of the transformer's steps, which "dit" counts as well, and the setting that makes them.
+KINDS = {"own": "own_share", "pixels": "pixel_share"}
 RECORD = "training.json"  # in a checkpoint
 
 
@@ -33,17 +37,18 @@ def load_weights(model: nn.Module, folder: Path) -> None:
         raise RuntimeError(f"{str(folder)!r} is of another shape: {', '.join([*missing, *unexpected][:4])}")
 
 
-def spent_on(run: Path, start: Path | None = None, *, own: bool = False) -> dict[str, Spent]:
+def spent_on(run: Path, start: Path | None, dit: DitRun) -> dict[str, Spent]:
     """What a training folder's logs say, and what the checkpoint `start` that it began with had cost, by phase.
 
-    `own`: whether the transformer learns from its own estimates in this run.
+    Of the transformer's steps those on its own estimates ("own") and with the error in pixels ("pixels") are counted apart;
+    `dit` says whether this run's are.
     """
     record = start / RECORD if start is not None else None
     before = json.loads(record.read_text()) if record is not None and record.exists() else {}
     result: dict[str, Spent] = {}
-    for phase in PHASES:
-        log = run / ("dit" if phase == "own" else phase) / "log.jsonl"
-        here = log.exists() and (own or phase != "own")
+    for phase in (*PHASES, *KINDS):
+        log = run / ("dit" if phase in KINDS else phase) / "log.jsonl"
+        here = log.exists() and (phase not in KINDS or getattr(dit, KINDS[phase]) > 0)
         last = json.loads(log.read_text().splitlines()[-1]) if here else {}
         old = before.get(phase, {})
         result[phase] = {

@@ -76,7 +76,7 @@ def train(
         scaling = float(json.loads((start / "vae" / "config.json").read_text())["scaling_factor"])
 
     def keep(networks: Networks) -> int:
-        spent = spent_on(folder, start, own=settings.dit.own_share > 0)
+        spent = spent_on(folder, start, settings.dit)
         card = model_card(settings, spent)
         return write_checkpoint(folder / "checkpoint", networks, tokenizer, spent=spent, card=card)
 

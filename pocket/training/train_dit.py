@@ -27,6 +27,7 @@ from ..clips import Clip, make_clip
 from .language import Language
 from .latents import Batch, LatentStore, moments
 from .networks import SCHEDULER, make_text_encoder, make_transformer, rotary
+from .pixels import CLIPS, kept_pixel_metric, pixel_error
 from .settings import Settings
 from .start import load_weights
 from .trainer import Part, Trainer, device_of
@@ -79,6 +80,11 @@ def train_dit(
         store = LatentStore(folder, vae, language, settings.shapes, run.clips, threads)
         alphas = CogVideoXDPMScheduler.from_config(SCHEDULER).alphas_cumprod.float().to(device)
         tables = _tables(settings, device)
+        kernel = None
+        if run.pixel_share > 0:
+            store.ensure(min(run.clips, CLIPS))
+            means = torch.from_numpy(store.clips[: min(run.clips, CLIPS), 0, 0].astype(np.float32))
+            kernel = kept_pixel_metric(folder / "pixels.safetensors", vae, means).to(device)
 
         def parts() -> list[Part]:
             # A GPU would wait for clips that are encoded as training goes.
@@ -86,7 +92,7 @@ def train_dit(
             store.ensure(ready)
             batch = store.batch(trainer.random, trainer.noise, ready, run.batch, run.masked_share, run.caption_dropout)
             count = threads if on_processor and run.batch % threads == 0 else 1
-            return _losses(networks, batch, alphas, tables, trainer.random, trainer.noise, count)
+            return _losses(networks, batch, alphas, tables, kernel, trainer.random, trainer.noise, count)
 
         def look() -> None:
             _sheet(folder, networks, trainer, settings.sheet_clips)
@@ -106,6 +112,7 @@ def _losses(
     batch: Batch,
     alphas: Tensor,
     tables: tuple[Tensor, Tensor],
+    kernel: Tensor | None,
     random: np.random.Generator,
     generator: torch.Generator,
     count: int,
@@ -114,7 +121,8 @@ def _losses(
 
     Of a share `own_share` of the samples the noise is added to the model's estimate at an earlier, noisier timestep instead
     of the truth, which stays the target: sampling knows no other latents, and errors of one step are mended in the next
-    only by a model that has seen them.
+    only by a model that has seen them. A share `pixel_share` of the loss is what shows of the error in pixels, for which
+    `kernel` stands.
     """
     run, scaling, device = networks.settings.dit, networks.scaling_factor, alphas.device
     batch = Batch(*(tensor.to(device) for tensor in (batch.video, batch.pose, batch.image, batch.person, batch.tokens)))
@@ -162,10 +170,14 @@ def _losses(
         noisy = signal * base + rest * noise[rows]
         # The v from which the scheduler's estimate, signal x - rest v, is the truth.
         velocity = (signal * noisy - clean[rows]) / rest
-        square = (velocity_of(noisy, rows, timesteps[rows]) - velocity).square()
+        error = velocity_of(noisy, rows, timesteps[rows]) - velocity
+        square = error.square()
+        loss = (weight[rows] * square).mean()
+        if kernel is not None:
+            loss = torch.lerp(loss, (weight[rows, 1:] * pixel_error(kernel, error)).mean(), run.pixel_share)
         middle = len(square) // 2
         return {
-            "loss": (weight[rows] * square).mean(),
+            "loss": loss,
             "mse": square.mean().detach(),
             "mse_noisy": square[middle:].mean().detach(),
             "mse_clean": square[:middle].mean().detach(),
