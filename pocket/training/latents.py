@@ -81,12 +81,18 @@ class LatentStore:
                 self._done.write_text(json.dumps({"count": self.count}))
 
     def batch(
-        self, random: np.random.Generator, noise: torch.Generator, ready: int, size: int, masked: float, dropout: float
+        self,
+        random: np.random.Generator,
+        noise: torch.Generator,
+        ready: int,
+        size: int,
+        masked: tuple[float, float],
+        dropout: float,
     ) -> Batch:
-        """`size` random ones of the first `ready` clips; a share `masked` with a reference that lacks something, a share
-        `dropout` with no caption."""
+        """`size` random ones of the first `ready` clips; shares `masked` with a reference that lacks background or clothes, a
+        share `dropout` with no caption."""
         rows = random.integers(ready, size=size)
-        which = np.where(random.random(size) < masked, 1 + random.integers(2, size=size), 0)
+        which = random.choice(len(MASKINGS), size=size, p=[1 - sum(masked), *masked])
         tokens = self.tokens[rows].astype(np.int64)
         tokens[random.random(size) < dropout] = self.language.ids("")
 

@@ -90,7 +90,8 @@ def train_dit(
             # A GPU would wait for clips that are encoded as training goes.
             ready = min(run.clips, FIRST + trainer.progress.step // 2) if on_processor else run.clips
             store.ensure(ready)
-            batch = store.batch(trainer.random, trainer.noise, ready, run.batch, run.masked_share, run.caption_dropout)
+            masked = run.without_background, run.without_clothes
+            batch = store.batch(trainer.random, trainer.noise, ready, run.batch, masked, run.caption_dropout)
             count = threads if on_processor and run.batch % threads == 0 else 1
             return _losses(networks, batch, alphas, tables, kernel, trainer.random, trainer.noise, count)
 
