@@ -229,7 +229,7 @@ def test_what_the_loss_wants_is_the_truth_from_the_latents_that_were_seen(own_sh
     networks = Networks(settings, None, transformer, lambda tokens: [tokens], None, scale)  # type: ignore[arg-type]
     draws = np.random.default_rng(2), torch.Generator().manual_seed(2)
     kernel = torch.ones(1, shapes.latent_channels, 2, 3, 3) if pixel_share else None
-    (part,) = _losses(networks, batch, alphas, rotary(shapes), kernel, *draws, 1)
+    (part,) = _losses(networks, batch, alphas, rotary(shapes), kernel, None, *draws, 1)
     assert part()["loss"] < 1e-6
 
     noisy, timesteps = transformer.calls[-1]

@@ -79,6 +79,8 @@ class DitRun:
     without_clothes: float = 0.25
     pixel_share: float = 0.0  # of the loss, for what shows of an error in pixels instead of the error of the latents
     person_weight: float = 1.0  # extra weight of the person's region
+    token_share: float = 1.0  # of a clip's tokens in a step: those that show the person, and others by lot
+    partial_until: float = 0.7  # of the budget; from then on all tokens
     own_share: float = 0.0  # samples whose noise is added to the model's own estimate, as while sampling
     hours: float = 8.0
 
@@ -105,9 +107,8 @@ REFINE = dataclasses.replace(
         learning_rate=0.6e-3,
         hidden_rate=1.6e-3,
         average=0.99,
-        without_background=0.22,
-        without_clothes=0.43,
-        pixel_share=0.75,
+        without_background=0.325,
+        without_clothes=0.325,
         person_weight=4.0,
         own_share=0.9,
     ),
@@ -125,7 +126,9 @@ SMOKE = Settings(
         text_ff=32,
     ),
     vae=dataclasses.replace(FULL.vae, steps=4, clips=3, warm_up=1),
-    dit=dataclasses.replace(FULL.dit, steps=4, clips=3, batch=2, warm_up=1, pixel_share=0.5, own_share=0.5),
+    dit=dataclasses.replace(
+        FULL.dit, steps=4, clips=3, batch=2, warm_up=1, token_share=0.5, pixel_share=0.5, own_share=0.5
+    ),
     keep_every=0.0,
     sheet_every=4,
     sheet_clips=3,

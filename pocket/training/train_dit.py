@@ -27,6 +27,8 @@ from ..clips import Clip, make_clip
 from .language import Language
 from .latents import Batch, LatentStore, moments
 from .networks import SCHEDULER, make_text_encoder, make_transformer, rotary
+from .partial import PartialAttention, choose_tokens, mask_of, patch_of
+from .partial import velocity as partial_velocity
 from .pixels import CLIPS, kept_pixel_metric, pixel_error
 from .settings import Settings
 from .start import load_weights
@@ -73,6 +75,8 @@ def train_dit(
         load_weights(transformer, start / "transformer")
         load_weights(text_encoder, start / "text_encoder")
     networks = Networks(settings, vae.to(device), transformer.to(device), text_encoder.to(device), language, scaling)
+    for block in transformer.transformer_blocks:
+        block.attn1.set_processor(PartialAttention())
     models = {"transformer": transformer, "text_encoder": text_encoder}
     trainer = Trainer.of(folder, models, run, settings, threads, lambda name: HIDDEN.search(name) is not None)
     if not trainer.done:
@@ -93,7 +97,11 @@ def train_dit(
             masked = run.without_background, run.without_clothes
             batch = store.batch(trainer.random, trainer.noise, ready, run.batch, masked, run.caption_dropout)
             count = threads if on_processor and run.batch % threads == 0 else 1
-            return _losses(networks, batch, alphas, tables, kernel, trainer.random, trainer.noise, count)
+            whole = trainer.progress.share(run.steps, run.hours) >= run.partial_until
+            keep = None
+            if run.token_share < 1 and not whole:
+                keep = choose_tokens(batch.person, run.token_share, patch_of(transformer), trainer.noise)
+            return _losses(networks, batch, alphas, tables, kernel, keep, trainer.random, trainer.noise, count)
 
         def look() -> None:
             _sheet(folder, networks, trainer, settings.sheet_clips)
@@ -114,6 +122,7 @@ def _losses(
     alphas: Tensor,
     tables: tuple[Tensor, Tensor],
     kernel: Tensor | None,
+    keep: Tensor | None,
     random: np.random.Generator,
     generator: torch.Generator,
     count: int,
@@ -123,7 +132,7 @@ def _losses(
     Of a share `own_share` of the samples the noise is added to the model's estimate at an earlier, noisier timestep instead
     of the truth, which stays the target: sampling knows no other latents, and errors of one step are mended in the next
     only by a model that has seen them. A share `pixel_share` of the loss is what shows of the error in pixels, for which
-    `kernel` stands.
+    `kernel` stands. keep: [B, K], the tokens that are looked at, if not all.
     """
     run, scaling, device = networks.settings.dit, networks.scaling_factor, alphas.device
     batch = Batch(*(tensor.to(device) for tensor in (batch.video, batch.pose, batch.image, batch.person, batch.tokens)))
@@ -145,16 +154,24 @@ def _losses(
     # model's own and hardly any noise hides it.
     remains = (1 - alphas[timesteps]).where(torch.from_numpy(own).to(device), torch.ones((), device=device))
     weight = (1 + run.person_weight * batch.person) * remains[:, None, None, None, None]
-    weight = weight / weight.mean()
+    mask = torch.ones_like(weight)
+    if keep is not None:
+        keep = keep.to(device)
+        mask = mask_of(keep, clean.shape, patch_of(networks.transformer))
+    weight = weight * mask
+    weight, mask = weight / weight.mean(), mask / mask.mean()
 
     def velocity_of(noisy: Tensor, rows: Any, times: Tensor) -> Tensor:
-        return networks.transformer(
+        given = (
             torch.cat([noisy, image[rows]], dim=2),
             networks.text_encoder(batch.tokens[rows])[0],
             times,
             pose[rows],
             tables,
             torch.full((1,), OFS_VALUE, device=device),
+        )
+        return (
+            networks.transformer(*given) if keep is None else partial_velocity(networks.transformer, *given, keep[rows])
         )
 
     def share(index: int) -> dict[str, Tensor]:
@@ -172,16 +189,18 @@ def _losses(
         # The v from which the scheduler's estimate, signal x - rest v, is the truth.
         velocity = (signal * noisy - clean[rows]) / rest
         error = velocity_of(noisy, rows, timesteps[rows]) - velocity
-        square = error.square()
-        loss = (weight[rows] * square).mean()
+        if keep is not None:
+            error = error * (mask[rows] > 0)
+        loss = (weight[rows] * error.square()).mean()
         if kernel is not None:
             loss = torch.lerp(loss, (weight[rows, 1:] * pixel_error(kernel, error)).mean(), run.pixel_share)
+        square = mask[rows] * error.detach().square()
         middle = len(square) // 2
         return {
             "loss": loss,
-            "mse": square.mean().detach(),
-            "mse_noisy": square[middle:].mean().detach(),
-            "mse_clean": square[:middle].mean().detach(),
+            "mse": square.mean(),
+            "mse_noisy": square[middle:].mean(),
+            "mse_clean": square[:middle].mean(),
         }
 
     return [partial(share, index) for index in range(count)]
@@ -257,8 +276,8 @@ def _sheet(folder: Path, networks: Networks, trainer: Trainer, clips: int) -> No
     line = {
         "step": trainer.progress.step,
         "hours": trainer.progress.seconds / 3600,
-        "psnr": float(np.mean(ours)),
-        "copy": float(np.mean(copies)),
+        "psnr": float(np.mean(ours)) if ours else None,  # a sheet of two has masked photographs only
+        "copy": float(np.mean(copies)) if copies else None,
     }
     with (folder / "quality.jsonl").open("a") as file:
         file.write(json.dumps(line) + "\n")
