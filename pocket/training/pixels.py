@@ -1,9 +1,9 @@
 """How much an error of the latents shows in pixels: the decoder's answer to it, as one convolution.
 
-To a decoder the directions of an error are not alike: in the pocket VAE the 16 channels' errors differ by 40 times in how much
-they change the picture. A transformer trained on the squared error of latents spends itself on all of them. The convolution is
-fitted to what the decoder does with errors; the square of its output stands beside that of the latents in the loss, at a small
-part of what the decoder itself and its gradients would cost.
+To a decoder the directions of an error are not alike: in the pocket VAE they differ by 40 times in how much they change the
+picture (mixtures of its 16 channels, in power). A transformer trained on the squared error of latents spends itself on all of
+them. The convolution is fitted to what the decoder does with errors; the square of its output stands beside that of the
+latents in the loss, at a small part of what the decoder itself and its gradients would cost.
 """
 
 from __future__ import annotations
