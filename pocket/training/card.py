@@ -23,7 +23,7 @@ def model_card(settings: Settings, spent: Mapping[str, Spent]) -> str:
     )
     if pixels["steps"]:
         refined += (
-            f"\nIn the last {pixels['steps']} most of the loss was what an error shows in pixels, by a linear stand-in for the"
+            f"\nIn the last {pixels['steps']} a part of the loss was what an error shows in pixels, by a linear stand-in for the"
             " decoder."
         )
     channels = ", ".join(map(str, shapes.channels))

@@ -16,6 +16,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional
 
+from dynamictrl_edge.bundle.atomic import atomic_file
+
 from .trainer import device_of
 
 __all__ = ["fit_pixel_metric", "kept_pixel_metric", "pixel_error"]
@@ -68,9 +70,9 @@ def fit_pixel_metric(vae: Any, latents: Tensor, rank: int = RANK) -> Tensor:
 def kept_pixel_metric(path: Path, vae: Any, latents: Tensor) -> Tensor:
     """The kernel in `path` (safetensors), fitted to `latents` and written there if there is none."""
     if not path.exists():
-        partial = path.with_suffix(".partial")
-        save_file({"kernel": fit_pixel_metric(vae, latents)}, partial)
-        partial.replace(path)
+        kernel = fit_pixel_metric(vae, latents)
+        with atomic_file(path) as target:
+            save_file({"kernel": kernel}, target)
     return load_file(path)["kernel"]
 
 

@@ -97,11 +97,10 @@ def train_dit(
             masked = run.without_background, run.without_clothes
             batch = store.batch(trainer.random, trainer.noise, ready, run.batch, masked, run.caption_dropout)
             count = threads if on_processor and run.batch % threads == 0 else 1
-            whole = trainer.progress.share(run.steps, run.hours) >= run.partial_until
-            keep = None
-            if run.token_share < 1 and not whole:
-                keep = choose_tokens(batch.person, run.token_share, patch_of(transformer), trainer.noise)
-            return _losses(networks, batch, alphas, tables, kernel, keep, trainer.random, trainer.noise, count)
+            tokens = None
+            if run.token_share < 1 and trainer.progress.share(run.steps, run.hours) < run.partial_until:
+                tokens = choose_tokens(batch.person, run.token_share, patch_of(transformer), trainer.noise)
+            return _losses(networks, batch, alphas, tables, kernel, tokens, trainer.random, trainer.noise, count)
 
         def look() -> None:
             _sheet(folder, networks, trainer, settings.sheet_clips)
@@ -159,7 +158,7 @@ def _losses(
         keep = keep.to(device)
         mask = mask_of(keep, clean.shape, patch_of(networks.transformer))
     weight = weight * mask
-    weight, mask = weight / weight.mean(), mask / mask.mean()
+    weight = weight / weight.mean()
 
     def velocity_of(noisy: Tensor, rows: Any, times: Tensor) -> Tensor:
         given = (
@@ -188,13 +187,11 @@ def _losses(
         noisy = signal * base + rest * noise[rows]
         # The v from which the scheduler's estimate, signal x - rest v, is the truth.
         velocity = (signal * noisy - clean[rows]) / rest
-        error = velocity_of(noisy, rows, timesteps[rows]) - velocity
-        if keep is not None:
-            error = error * (mask[rows] > 0)
+        error = mask[rows] * (velocity_of(noisy, rows, timesteps[rows]) - velocity)
         loss = (weight[rows] * error.square()).mean()
         if kernel is not None:
             loss = torch.lerp(loss, (weight[rows, 1:] * pixel_error(kernel, error)).mean(), run.pixel_share)
-        square = mask[rows] * error.detach().square()
+        square = error.detach().square() / mask.mean()
         middle = len(square) // 2
         return {
             "loss": loss,
