@@ -512,8 +512,11 @@ def _publish(part: Path, folder: Path, engines: EngineSet) -> None:
     if folder.exists():
         os.replace(folder, folder.with_name(f".{folder.name}.{secrets.token_hex(4)}{_OLD}"))
     os.replace(part, folder)
-    for path in folder.iterdir():  # the records have served
-        if path.name.endswith((_RECORD, ".tmp")):
+    # The records have served; what else is no part of the set was left by compilers that were killed.
+    entries = engines.engines.values()
+    kept = {ENGINES_NAME, *(entry.file for entry in entries), *(entry.report for entry in entries)}
+    for path in folder.iterdir():
+        if path.name not in kept:
             path.unlink()
     for old in folder.parent.glob(f".{folder.name}.*{_OLD}"):
         shutil.rmtree(old, ignore_errors=True)

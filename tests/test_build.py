@@ -287,6 +287,16 @@ def test_killed_at_any_moment_a_set_is_absent_or_whole(bundle: Path) -> None:
     assert finished < 30  # otherwise nothing was killed
 
 
+def test_what_killed_compilers_left_is_no_part_of_the_set(bundle: Path) -> None:
+    folder = built(bundle).folder
+    part = folder.with_name(f".{folder.name}.part")
+    folder.rename(part)
+    for name in (".head.report.0a1b2c3d.part.json", "head.engine.tmp", "head.built.json.tmp"):
+        (part / name).write_text("half")
+    assert_whole(built(bundle).folder)
+    assert not part.exists()
+
+
 def assert_nearly_whole(folder: Path) -> None:
     """Like `assert_whole`, but records of a builder that was killed right after publishing may still lie there."""
     engines = read_engine_set(folder)
