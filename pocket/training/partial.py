@@ -1,7 +1,7 @@
 """The transformer on a part of a clip's tokens, which is what most training steps are spent on.
 
-Most of a clip's tokens are background that stands still and is soon learned; of the error that is left four fifths are the
-person's. A step on the tokens that show the person and a few others costs half of one on all.
+More than half of a clip's tokens are background that stands still and is soon learned. A step on the tokens that show the person
+and a few others costs less than one on all.
 """
 
 from __future__ import annotations
