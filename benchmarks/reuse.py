@@ -45,7 +45,7 @@ __all__ = [
 ]
 
 STEPS_GROUP = "fewer steps"
-FEWER_STEPS = (20, 16, 13, 10, 8, 6)
+FEWER_STEPS = (20, 16, 12, 10, 8, 5)  # none that stops short of the schedule's end
 
 
 @dataclass(frozen=True)

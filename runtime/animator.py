@@ -29,7 +29,7 @@ from .reuse.fit import check_graphs, plan_with_caches
 from .reuse.loop import Reuse
 from .reuse.report import ReuseReport
 from .reuse.tokens import Touched, drawn_tokens
-from .scheduler import Schedule, SchedulerConfig, make_schedule
+from .scheduler import Schedule, SchedulerConfig, make_schedule, steps_to_the_end, stops_short
 from .text import TextStage
 from .tiling import Tiling
 from .timeline import Timeline
@@ -259,6 +259,13 @@ class Animator:
         if plan.tiled and request.tiling == "auto":
             run.notices.append(
                 "The VAE works in tiles to keep within the memory; the clip differs a little from one without."
+            )
+        steps = request.num_inference_steps
+        if stops_short(self.scheduler, steps):
+            fewer, more = steps_to_the_end(self.scheduler, steps)
+            run.notices.append(
+                f"In the published schedule the last of {steps} steps stops short of the end and extrapolates, which makes "
+                f"a clip worse; that of {fewer} or {more} steps does not."
             )
         return run
 

@@ -16,7 +16,8 @@ Written with q, nothing is infinite where a[t] is 0 (the first step of a zero-SN
 What the published implementation does, kept as it is because it decides the numbers:
 
 - p is t - 1000 // n, not the next timestep of the list. Where p falls below 0, a[p] is 1 and the step ends without
-  noise. For step counts whose last p is not below 0 (6, 7, 11, 13, ...) the last step adds noise too.
+  noise. For step counts whose last p is not below 0 (6, 7, 11, 13, ...: `stops_short`) the last step adds noise too, and
+  is of second order: it goes to about three times x0 less twice x0_old, which shows in the clip.
 - Rounding leaves one timestep more than asked for 62 of the step counts up to 1000 (61, 103, 121, ...). It is -1, and
   stands for the last entry of the table, which is the noisiest.
 - A second-order step draws two noises and uses the second.
@@ -44,6 +45,8 @@ __all__ = [
     "alphas_cumprod",
     "half_log_snr",
     "make_schedule",
+    "steps_to_the_end",
+    "stops_short",
 ]
 
 # Keys of a diffusers configuration that change nothing for v-prediction with trailing timesteps.
@@ -230,6 +233,24 @@ def make_schedule(config: SchedulerConfig, num_inference_steps: int) -> Schedule
             )
         )
     return Schedule(config, count, timesteps, tuple(steps))
+
+
+def stops_short(config: SchedulerConfig, num_inference_steps: int) -> bool:
+    """Whether the last step of a loop of that many falls short of the end, and so extrapolates; see the module."""
+    most = config.num_train_timesteps
+    return int(trailing_timesteps(most, num_inference_steps)[-1]) >= most // num_inference_steps
+
+
+def steps_to_the_end(config: SchedulerConfig, num_inference_steps: int) -> tuple[int, int]:
+    """The nearest smaller and larger step counts that do not stop short; those of one step and of all never do."""
+
+    def nearest(way: int) -> int:
+        count = num_inference_steps + way
+        while stops_short(config, count):
+            count += way
+        return count
+
+    return nearest(-1), nearest(+1)
 
 
 def half_log_snr(a: float) -> float:

@@ -19,6 +19,7 @@ from dynamictrl_edge.runtime.denoiser import BlockStore
 from dynamictrl_edge.runtime.memory import plan_memory
 from dynamictrl_edge.runtime.noise import NoiseSource
 from dynamictrl_edge.runtime.reinit import first_word, gaussian_low_pass, reinitialised
+from dynamictrl_edge.runtime.request import Request
 from dynamictrl_edge.runtime.scheduler import SchedulerConfig
 from tests.golden import case, max_abs
 
@@ -167,6 +168,15 @@ def test_notices_tell_what_was_done_to_the_input(animator: Animator) -> None:
     few = case("pipeline10_cfg3")[0]["control_u8"][:4]
     clip = animator(**arguments("pipeline10_cfg3", pose=few))
     assert any("4" in notice and "repeat" in notice for notice in clip.notices)
+
+
+def test_a_step_count_whose_last_step_extrapolates_is_told_with_its_neighbours(animator: Animator) -> None:
+    def told(steps: int) -> list[str]:
+        run = animator._checked(Request.of(**arguments("pipeline10_nocfg", num_inference_steps=steps)))
+        return [notice for notice in run.notices if "extrapolates" in notice]
+
+    assert "of 13 steps" in told(13)[0] and "12 or 14 steps" in told(13)[0]
+    assert told(12) == told(25) == []
 
 
 def test_empty_prompt_is_refused_before_any_model_is_loaded(bundle10: Path) -> None:

@@ -16,6 +16,8 @@ from dynamictrl_edge.runtime.scheduler import (
     advance,
     alphas_cumprod,
     make_schedule,
+    steps_to_the_end,
+    stops_short,
     trailing_timesteps,
 )
 from tests.golden import case, max_abs, model_dir
@@ -158,6 +160,24 @@ def test_the_last_step_adds_noise_only_where_the_stride_does_not_reach_the_end(c
     last = make_schedule(SchedulerConfig(), count).steps[-1]
     assert (last.noise > 0) == noisy
     assert last.draws == (2 if noisy else 1)
+
+
+def test_loops_that_stop_short_are_those_whose_last_step_extrapolates():
+    config = SchedulerConfig(snr_shift_scale=1.0)
+    short = [count for count in range(1, 80) if stops_short(config, count)]
+    assert short == [count for count in range(1, 80) if make_schedule(config, count).steps[-1].x0_old != 0]
+    assert {6, 7, 11, 13, 15, 24, 28, 35} <= set(short)
+    for count in short:
+        last = make_schedule(config, count).steps[-1]
+        assert last.x0 > 2.5 and last.x0_old < -1.5 and last.noise > 0
+
+
+@given(count=st.integers(2, 999))
+def test_a_step_count_that_does_not_stop_short_is_near(count):
+    config = SchedulerConfig()
+    fewer, more = steps_to_the_end(config, count)
+    assert 1 <= fewer < count < more <= 1000
+    assert not stops_short(config, fewer) and not stops_short(config, more)
 
 
 def test_a_second_order_step_without_an_old_x0_is_an_error():
