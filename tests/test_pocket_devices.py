@@ -72,11 +72,11 @@ def test_the_transformers_loss_follows_its_weights(some_tokens: bool) -> None:
     keep = torch.arange(7).repeat(4, 1) if some_tokens else None
     settings = dataclasses.replace(SMOKE, dit=dataclasses.replace(REFINE.dit, pixel_share=0.5))
     networks = dit_phase.Networks(settings, None, transformer, text_encoder, None, 1.0)  # type: ignore[arg-type]
-    alphas, tables = torch.zeros(1000, device=AWAY), dit_phase._tables(settings, AWAY)
-    kernel = torch.zeros(2, shapes.latent_channels, 2, 3, 3, device=AWAY)
+    kernel = torch.zeros(2, shapes.latent_channels, 2, 3, 3)
+    tables = dit_phase.Tables.of(settings, kernel, AWAY)
     with OneDevice():
         (part,) = dit_phase._losses(
-            networks, batch, alphas, tables, kernel, keep, np.random.default_rng(0), torch.Generator().manual_seed(0), 1
+            networks, batch, tables, keep, np.random.default_rng(0), torch.Generator().manual_seed(0), 1
         )
         gradients_lie_with([*transformer.parameters(), *text_encoder.parameters()], part()["loss"])
 

@@ -29,7 +29,7 @@ from pocket.training.networks import SCHEDULER, make_text_encoder, make_transfor
 from pocket.training.settings import FULL, SMOKE
 from pocket.training.start import spent_on
 from pocket.training.train import _scaling, train
-from pocket.training.train_dit import Networks, _losses, sample, train_dit
+from pocket.training.train_dit import Networks, Tables, _losses, sample, train_dit
 from pocket.training.trainer import Trainer, learning_rate
 
 
@@ -229,7 +229,7 @@ def test_what_the_loss_wants_is_the_truth_from_the_latents_that_were_seen(own_sh
     networks = Networks(settings, None, transformer, lambda tokens: [tokens], None, scale)  # type: ignore[arg-type]
     draws = np.random.default_rng(2), torch.Generator().manual_seed(2)
     kernel = torch.ones(1, shapes.latent_channels, 2, 3, 3) if pixel_share else None
-    (part,) = _losses(networks, batch, alphas, rotary(shapes), kernel, None, *draws, 1)
+    (part,) = _losses(networks, batch, Tables(alphas, rotary(shapes), kernel), None, *draws, 1)
     assert part()["loss"] < 1e-6
 
     noisy, timesteps = transformer.calls[-1]

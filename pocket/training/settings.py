@@ -80,7 +80,7 @@ class DitRun:
     pixel_share: float = 0.0  # of the loss, for what shows of an error in pixels instead of the error of the latents
     person_weight: float = 1.0  # extra weight of the person's region
     token_share: float = 1.0  # of a clip's tokens in a step: those that show the person, and others by lot
-    partial_until: float = 0.7  # of the budget; from then on all tokens
+    partial_until: float = 0.35  # of the budget; from then on all tokens
     own_share: float = 0.0  # samples whose noise is added to the model's own estimate, as while sampling
     hours: float = 8.0
 
@@ -97,8 +97,8 @@ class Settings:
 
 
 FULL = Settings()
-# From a finished checkpoint: the decoder on moving pictures; the transformer on its own estimates, more often with a caption
-# that has to say what the photograph lacks.
+# From a finished checkpoint: the decoder on moving pictures; the transformer on its own estimates and what shows of its errors,
+# at first mostly where the person is, and more often with a caption that has to say what the photograph lacks.
 REFINE = dataclasses.replace(
     FULL,
     vae=dataclasses.replace(FULL.vae, still_share=0.1, window_pace=0.1, average=0.98, square=20.0),
@@ -107,8 +107,10 @@ REFINE = dataclasses.replace(
         learning_rate=0.6e-3,
         hidden_rate=1.6e-3,
         average=0.99,
-        without_background=0.325,
-        without_clothes=0.325,
+        without_background=0.22,
+        without_clothes=0.43,
+        pixel_share=0.75,
+        token_share=0.55,
         person_weight=4.0,
         own_share=0.9,
     ),

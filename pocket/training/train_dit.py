@@ -53,6 +53,21 @@ class Networks:
     scaling_factor: float
 
 
+@dataclass(frozen=True)
+class Tables:
+    """What every step needs and none changes, on the device: cumulative alphas [1000]; cos and sin of the rotary embedding,
+    [N, head dim] each; and, if errors count in pixels, the kernel for `pixel_error`."""
+
+    alphas: Tensor
+    rotary: tuple[Tensor, Tensor]
+    kernel: Tensor | None
+
+    @classmethod
+    def of(cls, settings: Settings, kernel: Tensor | None, device: torch.device | str) -> Tables:
+        alphas = CogVideoXDPMScheduler.from_config(SCHEDULER).alphas_cumprod.float().to(device)
+        return cls(alphas, _rotary(settings, device), None if kernel is None else kernel.to(device))
+
+
 def train_dit(
     folder: Path,
     settings: Settings,
@@ -82,13 +97,12 @@ def train_dit(
     if not trainer.done:
         on_processor = device_of(transformer).type == "cpu"
         store = LatentStore(folder, vae, language, settings.shapes, run.clips, threads)
-        alphas = CogVideoXDPMScheduler.from_config(SCHEDULER).alphas_cumprod.float().to(device)
-        tables = _tables(settings, device)
         kernel = None
         if run.pixel_share > 0:
             store.ensure(min(run.clips, CLIPS))
             means = torch.from_numpy(store.clips[: min(run.clips, CLIPS), 0, 0].astype(np.float32))
-            kernel = kept_pixel_metric(folder / "pixels.safetensors", vae, means).to(device)
+            kernel = kept_pixel_metric(folder / "pixels.safetensors", vae, means)
+        tables = Tables.of(settings, kernel, device)
 
         def parts() -> list[Part]:
             # A GPU would wait for clips that are encoded as training goes.
@@ -100,7 +114,7 @@ def train_dit(
             tokens = None
             if run.token_share < 1 and trainer.progress.share(run.steps, run.hours) < run.partial_until:
                 tokens = choose_tokens(batch.person, run.token_share, patch_of(transformer), trainer.noise)
-            return _losses(networks, batch, alphas, tables, kernel, tokens, trainer.random, trainer.noise, count)
+            return _losses(networks, batch, tables, tokens, trainer.random, trainer.noise, count)
 
         def look() -> None:
             _sheet(folder, networks, trainer, settings.sheet_clips)
@@ -118,9 +132,7 @@ def train_dit(
 def _losses(
     networks: Networks,
     batch: Batch,
-    alphas: Tensor,
-    tables: tuple[Tensor, Tensor],
-    kernel: Tensor | None,
+    tables: Tables,
     keep: Tensor | None,
     random: np.random.Generator,
     generator: torch.Generator,
@@ -130,10 +142,10 @@ def _losses(
 
     Of a share `own_share` of the samples the noise is added to the model's estimate at an earlier, noisier timestep instead
     of the truth, which stays the target: sampling knows no other latents, and errors of one step are mended in the next
-    only by a model that has seen them. A share `pixel_share` of the loss is what shows of the error in pixels, for which
-    `kernel` stands. keep: [B, K], the tokens that are looked at, if not all.
+    only by a model that has seen them. With a kernel, a share `pixel_share` of the loss is what shows of the error in pixels.
+    keep: [B, K], the tokens that are looked at, if not all.
     """
-    run, scaling, device = networks.settings.dit, networks.scaling_factor, alphas.device
+    run, scaling, alphas, device = networks.settings.dit, networks.scaling_factor, tables.alphas, tables.alphas.device
     batch = Batch(*(tensor.to(device) for tensor in (batch.video, batch.pose, batch.image, batch.person, batch.tokens)))
     clean = batch.video * scaling
     size, last = len(clean), len(alphas) - 1
@@ -166,7 +178,7 @@ def _losses(
             networks.text_encoder(batch.tokens[rows])[0],
             times,
             pose[rows],
-            tables,
+            tables.rotary,
             torch.full((1,), OFS_VALUE, device=device),
         )
         return (
@@ -189,8 +201,9 @@ def _losses(
         velocity = (signal * noisy - clean[rows]) / rest
         error = mask[rows] * (velocity_of(noisy, rows, timesteps[rows]) - velocity)
         loss = (weight[rows] * error.square()).mean()
-        if kernel is not None:
-            loss = torch.lerp(loss, (weight[rows, 1:] * pixel_error(kernel, error)).mean(), run.pixel_share)
+        if tables.kernel is not None:
+            shown = (weight[rows, 1:] * pixel_error(tables.kernel, error)).mean()
+            loss = torch.lerp(loss, shown, run.pixel_share)
         square = error.detach().square() / mask.mean()
         middle = len(square) // 2
         return {
@@ -203,7 +216,7 @@ def _losses(
     return [partial(share, index) for index in range(count)]
 
 
-def _tables(settings: Settings, device: torch.device | str) -> tuple[Tensor, Tensor]:
+def _rotary(settings: Settings, device: torch.device | str) -> tuple[Tensor, Tensor]:
     cos, sin = rotary(settings.shapes)
     return cos.to(device), sin.to(device)
 
@@ -243,7 +256,7 @@ def sample(
         latents=torch.randn(pose_latents.shape, generator=generator).to(device),
         image_latents=torch.cat([image, torch.zeros_like(pose_latents[:, 1:])], dim=1),
         pose_latents=pose_latents,
-        rotary=_tables(networks.settings, device),
+        rotary=_rotary(networks.settings, device),
         steps=steps,
         guidance=guidance,
         generator=generator,
