@@ -52,7 +52,7 @@ class PartialAttention:
 
 def _turned(values: Tensor, turns: Tensor) -> Tensor:
     """values [B, heads, N, d], turns [1 or B, 1, N, d / 2] complex -> values, pair by pair turned."""
-    pairs = torch.view_as_complex(values.contiguous().unflatten(-1, (-1, 2)))
+    pairs = torch.view_as_complex(values.float().contiguous().unflatten(-1, (-1, 2)))
     return torch.view_as_real(pairs * turns).flatten(-2)
 
 

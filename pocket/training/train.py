@@ -1,7 +1,7 @@
 """Trains the pocket checkpoint from nothing: VAE, then transformer and text encoder on its latents.
 
     python -m pocket.training.train --out FOLDER [--from CHECKPOINT [--encoder]] [--threads 2]
-                                    [--device cuda] [--batch 12] [--vae-hours 1] [--dit-hours 8] [--smoke]
+                                    [--device cuda] [--bf16] [--batch 12] [--vae-hours 1] [--dit-hours 8] [--smoke]
 
 `--from pocket/model` goes on from a finished checkpoint instead: then the VAE's encoder stays as it is, unless `--encoder` lets
 it learn too and the transformer follow it. The transformer then learns from its own estimates (`settings.REFINE`): sampling
@@ -17,6 +17,9 @@ that does other work as well, give the training precedence (`chrt --rr 1`) or on
 system between operators; keeping it may spare a good part of the time:
 
     export GLIBC_TUNABLES=glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=17179869184:glibc.malloc.arena_max=1
+
+`--bf16` computes the transformer's products in bfloat16: worth it where a processor has instructions for them (`amx_bf16` in
+`lscpu`), slower where it has none.
 
 `--device cuda` trains on a GPU, with clips drawn beforehand by `--threads` processes; the same random numbers are drawn on the
 processor. A folder may go on on another device. (No GPU has run it yet; a test follows every tensor's device in the losses.)
@@ -54,11 +57,12 @@ def train(
     start: Path | None = None,
     encoder: bool = False,
     device: torch.device | str = "cpu",
+    bf16: bool = False,
 ) -> Networks:
     """All phases, each to the end of its budget; see the module.
 
     `start`: the checkpoint to go on from. `encoder`: whether the VAE's encoder then learns too. `device`: where the networks
-    are trained, "cpu" or "cuda"; a run may change it.
+    are trained, "cpu" or "cuda"; `bf16`: whether the transformer's products are bfloat16. A run may change both.
     """
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer = folder / "tokenizer"
@@ -80,7 +84,7 @@ def train(
         card = model_card(settings, spent)
         return write_checkpoint(folder / "checkpoint", networks, tokenizer, spent=spent, card=card)
 
-    networks = train_dit(folder / "dit", settings, vae, language, scaling, threads, keep, start, device)
+    networks = train_dit(folder / "dit", settings, vae, language, scaling, threads, keep, start, device, bf16=bf16)
     size = keep(networks)
     (folder / "done.json").write_text(json.dumps({"bytes": size, "when": time.strftime("%Y-%m-%dT%H:%M:%S")}) + "\n")
     return networks
@@ -111,6 +115,7 @@ def main() -> int:
     parser.add_argument("--encoder", action="store_true", help="with --from: the VAE's encoder learns too")
     parser.add_argument("--threads", type=int, default=2, help="processor cores to use; they also draw the clips")
     parser.add_argument("--device", default="cpu", help="where to train: cpu or cuda")
+    parser.add_argument("--bf16", action="store_true", help="the transformer's products in bfloat16")
     parser.add_argument("--batch", type=int, help=f"clips in a step of the transformer, {FULL.dit.batch} if not given")
     parser.add_argument("--vae-hours", type=float, default=FULL.vae.hours)
     parser.add_argument("--dit-hours", type=float, default=FULL.dit.hours)
@@ -130,7 +135,15 @@ def main() -> int:
     )
     if given.device != "cpu":
         torch.set_float32_matmul_precision("high")  # TF32
-    train(given.out, settings, threads=given.threads, start=given.start, encoder=given.encoder, device=given.device)
+    train(
+        given.out,
+        settings,
+        threads=given.threads,
+        start=given.start,
+        encoder=given.encoder,
+        device=given.device,
+        bf16=given.bf16,
+    )
     return 0
 
 

@@ -56,16 +56,17 @@ class Networks:
 @dataclass(frozen=True)
 class Tables:
     """What every step needs and none changes, on the device: cumulative alphas [1000]; cos and sin of the rotary embedding,
-    [N, head dim] each; and, if errors count in pixels, the kernel for `pixel_error`."""
+    [N, head dim] each; if errors count in pixels, the kernel for `pixel_error`. `bf16`: products of matrices in bfloat16."""
 
     alphas: Tensor
     rotary: tuple[Tensor, Tensor]
     kernel: Tensor | None
+    bf16: bool = False
 
     @classmethod
-    def of(cls, settings: Settings, kernel: Tensor | None, device: torch.device | str) -> Tables:
+    def of(cls, settings: Settings, kernel: Tensor | None, device: torch.device | str, *, bf16: bool = False) -> Tables:
         alphas = CogVideoXDPMScheduler.from_config(SCHEDULER).alphas_cumprod.float().to(device)
-        return cls(alphas, _rotary(settings, device), None if kernel is None else kernel.to(device))
+        return cls(alphas, _rotary(settings, device), None if kernel is None else kernel.to(device), bf16)
 
 
 def train_dit(
@@ -78,10 +79,13 @@ def train_dit(
     keep: Callable[[Networks], object],
     start: Path | None = None,
     device: torch.device | str = "cpu",
+    *,
+    bf16: bool = False,
 ) -> Networks:
     """Trains, or goes on training, to the end of the budget; `keep` is given the averaged networks now and then.
 
-    `start`: a checkpoint whose transformer and text encoder are the beginning.
+    `start`: a checkpoint whose transformer and text encoder are the beginning. `bf16`: their products in bfloat16; weights,
+    sums over a batch and what the optimizers do stay float32.
     """
     run = settings.dit
     torch.manual_seed(settings.seed)
@@ -102,7 +106,7 @@ def train_dit(
             store.ensure(min(run.clips, CLIPS))
             means = torch.from_numpy(store.clips[: min(run.clips, CLIPS), 0, 0].astype(np.float32))
             kernel = kept_pixel_metric(folder / "pixels.safetensors", vae, means)
-        tables = Tables.of(settings, kernel, device)
+        tables = Tables.of(settings, kernel, device, bf16=bf16)
 
         def parts() -> list[Part]:
             # A GPU would wait for clips that are encoded as training goes.
@@ -173,17 +177,19 @@ def _losses(
     weight = weight / weight.mean()
 
     def velocity_of(noisy: Tensor, rows: Any, times: Tensor) -> Tensor:
-        given = (
-            torch.cat([noisy, image[rows]], dim=2),
-            networks.text_encoder(batch.tokens[rows])[0],
-            times,
-            pose[rows],
-            tables.rotary,
-            torch.full((1,), OFS_VALUE, device=device),
-        )
-        return (
-            networks.transformer(*given) if keep is None else partial_velocity(networks.transformer, *given, keep[rows])
-        )
+        # No cache of rounded weights: it is one for all threads, and a share has a thread of its own.
+        with torch.autocast(device.type, torch.bfloat16, enabled=tables.bf16, cache_enabled=False):
+            given = (
+                torch.cat([noisy, image[rows]], dim=2),
+                networks.text_encoder(batch.tokens[rows])[0],
+                times,
+                pose[rows],
+                tables.rotary,
+                torch.full((1,), OFS_VALUE, device=device),
+            )
+            model = networks.transformer
+            velocity = model(*given) if keep is None else partial_velocity(model, *given, keep[rows])
+        return velocity.float()
 
     def share(index: int) -> dict[str, Tensor]:
         rows = np.arange(index, size, count)  # every share has all spans of time
