@@ -17,7 +17,7 @@ from pocket.training.latents import Batch
 from pocket.training.networks import SCHEDULER, make_text_encoder, transformer_config
 from pocket.training.partial import PartialAttention, choose_tokens, mask_of, patch_of, velocity
 from pocket.training.settings import SMOKE
-from pocket.training.train_dit import Networks, _losses
+from pocket.training.train_dit import Networks, Tables, _losses
 
 CONFIG = dataclasses.replace(transformer_config(SMOKE.shapes), num_attention_heads=2, num_layers=2)
 FRAMES, ROWS, COLUMNS = 4, 6, 8  # of latents
@@ -123,7 +123,7 @@ def test_what_other_tokens_hold_does_not_matter(
     def loss(video: Tensor, pose: Tensor) -> dict[str, Tensor]:
         batch = Batch(video, pose, torch.zeros_like(video[:, 0]), person, tokens)
         draws = np.random.default_rng(2), torch.Generator().manual_seed(2)
-        (part,) = _losses(networks, batch, alphas, tables(ROWS, COLUMNS), kernel, keep, *draws, 1)
+        (part,) = _losses(networks, batch, Tables(alphas, tables(ROWS, COLUMNS), kernel), keep, *draws, 1)
         return part()
 
     def changed(values: Tensor, where: Tensor) -> Tensor:

@@ -165,7 +165,8 @@ def test_a_state_holds_weights_averages_moments_and_random_numbers(tmp_path: Pat
 
 
 def test_a_step_shared_by_threads_is_the_step_of_one(tmp_path: Path) -> None:
-    settings = dataclasses.replace(SMOKE, dit=dataclasses.replace(SMOKE.dit, batch=4), sheet_every=1000, sheet_clips=2)
+    run = dataclasses.replace(SMOKE.dit, batch=4, steps=1)
+    settings = dataclasses.replace(SMOKE, dit=run, sheet_every=1000, sheet_clips=2)
     language_folder = tmp_path / "tokenizer"
     language_folder.mkdir()
     write_tokenizer(language_folder, settings.shapes.vocabulary)
@@ -180,8 +181,12 @@ def test_a_step_shared_by_threads_is_the_step_of_one(tmp_path: Path) -> None:
         lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
         states[-1]["losses"] = torch.tensor([lines[-1][name] for name in ("loss", "mse", "mse_noisy", "mse_clean")])
     alone, shared = states
-    for name, value in alone.items():
-        torch.testing.assert_close(shared[name], value, rtol=1e-3, atol=1e-4, msg=name)
+    # What the optimizers keep of a first step is a factor times its gradients. The weights say less: AdamW moves a number by
+    # a whole step even where its gradient is nothing but rounding.
+    gradients = [name for name in alone if name.startswith(("optimizer.exp_avg.", "optimizer.momentum."))]
+    assert len(gradients) > 20
+    for name in (*gradients, "losses"):
+        assert (shared[name] - alone[name]).norm() <= 1e-4 * alone[name].norm() + 1e-9, name
 
 
 class Recorder(nn.Module):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -178,7 +179,8 @@ def _losses(
 
     def velocity_of(noisy: Tensor, rows: Any, times: Tensor) -> Tensor:
         # No cache of rounded weights: it is one for all threads, and a share has a thread of its own.
-        with torch.autocast(device.type, torch.bfloat16, enabled=tables.bf16, cache_enabled=False):
+        rounding = torch.autocast(device.type, torch.bfloat16, cache_enabled=False) if tables.bf16 else nullcontext()
+        with rounding:
             given = (
                 torch.cat([noisy, image[rows]], dim=2),
                 networks.text_encoder(batch.tokens[rows])[0],
