@@ -79,7 +79,7 @@ def main() -> int:
 
 
 def _timed(animate: Animate, seconds: list[float]) -> Animate:
-    def timed(reference: Pixels, pose: Pixels, caption: str, seed: int, guidance: float) -> Pixels:
+    def timed(reference: Pixels, pose: Pixels | None, caption: str, seed: int, guidance: float) -> Pixels:
         began = time.perf_counter()
         made = animate(reference, pose, caption, seed, guidance)
         if guidance <= 1:

@@ -2,8 +2,9 @@
 
 Every held-out clip is animated from its frame 0, its pose clip and its caption, and held against the true clip; beside it
 stand what no model is needed for (copying the reference; coding the truth with the VAE), and ablations: another clip's pose,
-no pose (a black clip), another clip's caption. Clips whose reference lacks background or clothes are measured by whether the
-colours that the caption names appear. Works with anything that can animate: give `evaluate` a function.
+a black pose clip, a pose stream of zeros (which no clip encodes to, black or not), another clip's caption. Clips whose
+reference lacks background or clothes are measured by whether the colours that the caption names appear. Works with anything
+that can animate: give `evaluate` a function.
 
 The perceptual distance is that of the pocket VAE's own encoder: the root mean square difference of latent means, over the
 spread of the truth's latents. It says how alike clips are to that encoder, and is no published measure.
@@ -12,7 +13,7 @@ spread of the truth's latents. It says how alike clips are to that encoder, and 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from numpy.typing import NDArray
 
 from dynamictrl_edge.runtime.metrics import psnr, ssim
 
-from .clips import COLUMNS, FRAMES, LEAD, ROWS, Clip, Masking, Pixels, make_clip
+from .clips import COLUMNS, FRAMES, LEAD, POSE_FRAMES, ROWS, Clip, Masking, Pixels, make_clip
 from .measures import background_colours, clothes_colours, identity, limb_errors, person_psnr
 
 __all__ = ["MASKED_GUIDANCE", "Animate", "Codec", "Report", "Row", "contact_sheet", "evaluate", "of_bundle", "table"]
@@ -29,8 +30,9 @@ __all__ = ["MASKED_GUIDANCE", "Animate", "Codec", "Report", "Row", "contact_shee
 # Of 1.5, 2, 3, 4.5 and 6 on the held-out clips 60 to 83: the most colours right, and within 0.2 dB of the best PSNR.
 MASKED_GUIDANCE = 2.0
 
-Animate = Callable[[Pixels, Pixels, str, int, float], Pixels]
-"""(reference [H, W, 3], pose [POSE_FRAMES, H, W, 3], caption, seed, guidance) -> [FRAMES, H, W, 3], all uint8."""
+Animate = Callable[[Pixels, Pixels | None, str, int, float], Pixels]
+"""(reference [H, W, 3], pose [POSE_FRAMES, H, W, 3], caption, seed, guidance) -> [FRAMES, H, W, 3], all uint8. Without a pose
+the transformer's pose stream begins as zeros."""
 
 
 @dataclass(frozen=True)
@@ -122,7 +124,8 @@ def evaluate(
         measure("copy of the reference", np.repeat(clip.reference[None], FRAMES, 0), clip)
         if ablations:
             measure("another pose", animate(clip.reference, other.pose, clip.caption, i, guidance), clip)
-            measure("no pose", animate(clip.reference, np.zeros_like(clip.pose), clip.caption, i, guidance), clip)
+            measure("black pose", animate(clip.reference, np.zeros_like(clip.pose), clip.caption, i, guidance), clip)
+            measure("zeroed pose stream", animate(clip.reference, None, clip.caption, i, guidance), clip)
         if i < strips:
             shown.append((clip.caption, clip.reference, clip.pose[LEAD:], clip.truth, made))
         progress(i + 1, clips + masked)
@@ -202,16 +205,24 @@ def contact_sheet(
 def of_bundle(bundle: Path | str, *, steps: int = 20, threads: int | None = None) -> tuple[Animate, Codec]:
     """What `dynamictrl animate` makes of a bundle, and its VAE."""
     from dynamictrl_edge.runtime import Animator
-    from dynamictrl_edge.runtime.animator import to_uint8
+    from dynamictrl_edge.runtime.animator import Prepared, to_uint8
     from dynamictrl_edge.runtime.media import pose_to_tensor
     from dynamictrl_edge.runtime.vae import VAEDecoder, VAEEncoder
 
-    animator = Animator.from_bundle(bundle, threads=threads, cache=False)
+    class Unposed(Animator):
+        """Animates with a pose stream of zeros."""
 
-    def animate(reference: Pixels, pose: Pixels, caption: str, seed: int, guidance: float) -> Pixels:
-        clip = animator(
+        def _prepared(self, *arguments: Any) -> Prepared:
+            prepared = super()._prepared(*arguments)
+            latents = replace(prepared.latents, pose=np.zeros_like(prepared.latents.pose))
+            return replace(prepared, latents=latents)
+
+    animator, unposed = (kind.from_bundle(bundle, threads=threads, cache=False) for kind in (Animator, Unposed))
+
+    def animate(reference: Pixels, pose: Pixels | None, caption: str, seed: int, guidance: float) -> Pixels:
+        clip = (animator if pose is not None else unposed)(
             image=reference,
-            pose=pose,
+            pose=np.zeros((POSE_FRAMES, ROWS, COLUMNS, 3), np.uint8) if pose is None else pose,
             prompt=caption,
             seed=seed,
             guidance_scale=guidance,

@@ -49,10 +49,12 @@ def test_another_person_elsewhere_is_neither_alike_nor_of_the_named_colours(clip
 
 @pytest.fixture(scope="module")
 def report() -> Report:
-    """Of a model that paints whatever clip the pose belongs to, and without a pose the reference."""
+    """Of a model that paints whatever clip the pose belongs to, with a black pose the reference, and without any, noise."""
     known = {c.pose.tobytes(): c for c in (make_clip("held-out", i) for i in (0, 1, 1003, 1004))}
 
-    def animate(reference: Pixels, pose: Pixels, caption: str, seed: int, guidance: float) -> Pixels:
+    def animate(reference: Pixels, pose: Pixels | None, caption: str, seed: int, guidance: float) -> Pixels:
+        if pose is None:
+            return np.random.default_rng(0).integers(256, size=(FRAMES, *reference.shape)).astype(np.uint8)
         found = known.get(pose.tobytes())
         return np.repeat(reference[None], FRAMES, 0) if found is None else found.truth
 
@@ -69,7 +71,8 @@ def test_evaluation_tells_right_from_wrong(report: Report) -> None:
     assert rows["VAE alone"].mean("perceptual") == 0
     assert rows["copy of the reference"].mean("person_psnr") < 30
     assert rows["another pose"].mean("person_psnr") < 30 and rows["another pose"].mean("identity") < 0.6
-    assert rows["no pose"].mean("pose_error") == rows["copy of the reference"].mean("pose_error") > 1
+    assert rows["black pose"].mean("pose_error") == rows["copy of the reference"].mean("pose_error") > 1
+    assert rows["zeroed pose stream"].mean("pose_error") > 5 and rows["zeroed pose stream"].mean("psnr") < 15
     assert rows["masked, caption"].mean("colours") == 1
 
 

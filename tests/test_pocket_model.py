@@ -62,3 +62,11 @@ def test_without_its_pose_a_clip_is_another(animate: Animate, made: list[tuple[C
     lost = animate(clip.reference, np.zeros_like(clip.pose), clip.caption, 0, 1.0)
     assert person_psnr(lost, clip) < person_psnr(frames, clip) - 1
     assert limb_errors(lost, clip).mean() > limb_errors(frames, clip).mean() + 2
+
+
+def test_a_pose_stream_of_zeros_is_not_a_black_pose_clip(animate: Animate, made: list[tuple[Clip, Pixels]]) -> None:
+    clip, frames = made[0]
+    black = animate(clip.reference, np.zeros_like(clip.pose), clip.caption, 0, 1.0)
+    zeroed = animate(clip.reference, None, clip.caption, 0, 1.0)
+    assert not np.array_equal(zeroed, black)
+    assert limb_errors(zeroed, clip).mean() > limb_errors(frames, clip).mean() + 2
