@@ -203,13 +203,6 @@ class PublishedTransformer(nn.Module):
         pose_latents: [B,F,16,H,W]. rotary: cos and sin, [N, head dim] each. ofs: [1] for 1.5-style checkpoints.
         Latents, embeddings and `ofs` are of the weights' type. Returns [B,F,16,H,W] of it.
         """
-        temb, text, video, pose = self.embed(latents, prompt_embeds, timestep, pose_latents, ofs)
-        return self.unpatchify(self.predict(video, text, pose, temb, rotary), latents.shape)
-
-    def embed(
-        self, latents: Tensor, prompt_embeds: Tensor, timestep: Tensor, pose_latents: Tensor, ofs: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """What enters the first block: time embedding [B,T], text [B,L,D], video and pose tokens [B,N,D]."""
         text_length = prompt_embeds.shape[1]
         temb = self.time_embedding(self.time_proj(timestep).to(latents.dtype))  # [B, T]; sinusoids are float32
         if self.config.ofs_embed_dim is not None:
@@ -220,19 +213,14 @@ class PublishedTransformer(nn.Module):
         # The pose has half the channels of the input and takes the same weights twice. The patch embedding wants text
         # with it, so the published code projects the prompt a second time and drops it.
         pose = self.patch_embed(prompt_embeds, torch.cat([pose_latents, pose_latents], dim=2))[:, text_length:]
-        return temb, text, video, pose
 
-    def predict(self, video: Tensor, text: Tensor, pose: Tensor, temb: Tensor, rotary: Rotary) -> Tensor:
-        """All blocks and the head: tokens [B,N,D] -> patches of the velocity [B,N,P]."""
-        text_length = text.shape[1]
         for block in self.transformer_blocks:
             video, text, pose = block(video, text, pose, temb, rotary)
 
         video = self.norm_final(torch.cat([text, video], dim=1))[:, text_length:]
-        patches: Tensor = self.proj_out(self.norm_out(video, temb=temb))
-        return patches
+        return self._unpatchify(self.proj_out(self.norm_out(video, temb=temb)), latents.shape)
 
-    def unpatchify(self, tokens: Tensor, shape: torch.Size) -> Tensor:
+    def _unpatchify(self, tokens: Tensor, shape: torch.Size) -> Tensor:
         """tokens [B,N,P] -> [B,F,C,H,W]; a token holds (C, time, row, column) in this order."""
         batch, frames, _, height, width = shape
         p, p_t = self.config.patch_size, self.config.patch_size_t or 1

@@ -26,11 +26,6 @@ def model_card(settings: Settings, spent: Mapping[str, Spent]) -> str:
             f"\nIn the last {pixels['steps']} a part of the loss was what an error shows in pixels, by a linear stand-in for the"
             " decoder."
         )
-    if pixels["steps"] and settings.dit.token_share < 1:
-        refined += (
-            f"\nThe first {settings.dit.partial_until:.0%} of the last run's time went to steps on {settings.dit.token_share:.0%}"
-            " of a clip's tokens: those of the person, and some others."
-        )
     channels = ", ".join(map(str, shapes.channels))
     vae_sizes = f"{shapes.latent_channels} latent channels, {shapes.scale}x in space, 4x in time"
     dit_sizes = f"{shapes.blocks} blocks of width {shapes.heads * shapes.head_dim}, {shapes.heads} heads"

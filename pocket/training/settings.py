@@ -79,8 +79,6 @@ class DitRun:
     without_clothes: float = 0.25
     pixel_share: float = 0.0  # of the loss, for what shows of an error in pixels instead of the error of the latents
     person_weight: float = 1.0  # extra weight of the person's region
-    token_share: float = 1.0  # of a clip's tokens in a step: those that show the person, and others by lot
-    partial_until: float = 0.35  # of the budget; from then on all tokens
     own_share: float = 0.0  # samples whose noise is added to the model's own estimate, as while sampling
     hours: float = 8.0
 
@@ -98,7 +96,7 @@ class Settings:
 
 FULL = Settings()
 # From a finished checkpoint: the decoder on moving pictures; the transformer on its own estimates and what shows of its errors,
-# at first mostly where the person is, and more often with a caption that has to say what the photograph lacks.
+# and more often with a caption that has to say what the photograph lacks.
 REFINE = dataclasses.replace(
     FULL,
     vae=dataclasses.replace(FULL.vae, still_share=0.1, window_pace=0.1, average=0.98, square=20.0),
@@ -110,7 +108,6 @@ REFINE = dataclasses.replace(
         without_background=0.22,
         without_clothes=0.43,
         pixel_share=0.75,
-        token_share=0.55,
         person_weight=4.0,
         own_share=0.9,
     ),
@@ -128,9 +125,7 @@ SMOKE = Settings(
         text_ff=32,
     ),
     vae=dataclasses.replace(FULL.vae, steps=4, clips=3, warm_up=1),
-    dit=dataclasses.replace(
-        FULL.dit, steps=4, clips=3, batch=2, warm_up=1, token_share=0.5, pixel_share=0.5, own_share=0.5
-    ),
+    dit=dataclasses.replace(FULL.dit, steps=4, clips=3, batch=2, warm_up=1, pixel_share=0.5, own_share=0.5),
     keep_every=0.0,
     sheet_every=4,
     sheet_clips=3,

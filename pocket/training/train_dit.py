@@ -28,8 +28,6 @@ from ..clips import Clip, make_clip
 from .language import Language
 from .latents import Batch, LatentStore, moments
 from .networks import SCHEDULER, make_text_encoder, make_transformer, rotary
-from .partial import PartialAttention, choose_tokens, mask_of, patch_of
-from .partial import velocity as partial_velocity
 from .pixels import CLIPS, kept_pixel_metric, pixel_error
 from .settings import Settings
 from .start import load_weights
@@ -95,8 +93,6 @@ def train_dit(
         load_weights(transformer, start / "transformer")
         load_weights(text_encoder, start / "text_encoder")
     networks = Networks(settings, vae.to(device), transformer.to(device), text_encoder.to(device), language, scaling)
-    for block in transformer.transformer_blocks:
-        block.attn1.set_processor(PartialAttention())
     models = {"transformer": transformer, "text_encoder": text_encoder}
     trainer = Trainer.of(folder, models, run, settings, threads, lambda name: HIDDEN.search(name) is not None)
     if not trainer.done:
@@ -116,10 +112,7 @@ def train_dit(
             masked = run.without_background, run.without_clothes
             batch = store.batch(trainer.random, trainer.noise, ready, run.batch, masked, run.caption_dropout)
             count = threads if on_processor and run.batch % threads == 0 else 1
-            tokens = None
-            if run.token_share < 1 and trainer.progress.share(run.steps, run.hours) < run.partial_until:
-                tokens = choose_tokens(batch.person, run.token_share, patch_of(transformer), trainer.noise)
-            return _losses(networks, batch, tables, tokens, trainer.random, trainer.noise, count)
+            return _losses(networks, batch, tables, trainer.random, trainer.noise, count)
 
         def look() -> None:
             _sheet(folder, networks, trainer, settings.sheet_clips)
@@ -138,7 +131,6 @@ def _losses(
     networks: Networks,
     batch: Batch,
     tables: Tables,
-    keep: Tensor | None,
     random: np.random.Generator,
     generator: torch.Generator,
     count: int,
@@ -148,7 +140,6 @@ def _losses(
     Of a share `own_share` of the samples the noise is added to the model's estimate at an earlier, noisier timestep instead
     of the truth, which stays the target: sampling knows no other latents, and errors of one step are mended in the next
     only by a model that has seen them. With a kernel, a share `pixel_share` of the loss is what shows of the error in pixels.
-    keep: [B, K], the tokens that are looked at, if not all.
     """
     run, scaling, alphas, device = networks.settings.dit, networks.scaling_factor, tables.alphas, tables.alphas.device
     batch = Batch(*(tensor.to(device) for tensor in (batch.video, batch.pose, batch.image, batch.person, batch.tokens)))
@@ -170,11 +161,6 @@ def _losses(
     # model's own and hardly any noise hides it.
     remains = (1 - alphas[timesteps]).where(torch.from_numpy(own).to(device), torch.ones((), device=device))
     weight = (1 + run.person_weight * batch.person) * remains[:, None, None, None, None]
-    mask = torch.ones_like(weight)
-    if keep is not None:
-        keep = keep.to(device)
-        mask = mask_of(keep, clean.shape, patch_of(networks.transformer))
-    weight = weight * mask
     weight = weight / weight.mean()
 
     def velocity_of(noisy: Tensor, rows: Any, times: Tensor) -> Tensor:
@@ -189,8 +175,7 @@ def _losses(
                 tables.rotary,
                 torch.full((1,), OFS_VALUE, device=device),
             )
-            model = networks.transformer
-            velocity = model(*given) if keep is None else partial_velocity(model, *given, keep[rows])
+            velocity: Tensor = networks.transformer(*given)
         return velocity.float()
 
     def share(index: int) -> dict[str, Tensor]:
@@ -207,12 +192,12 @@ def _losses(
         noisy = signal * base + rest * noise[rows]
         # The v from which the scheduler's estimate, signal x - rest v, is the truth.
         velocity = (signal * noisy - clean[rows]) / rest
-        error = mask[rows] * (velocity_of(noisy, rows, timesteps[rows]) - velocity)
+        error = velocity_of(noisy, rows, timesteps[rows]) - velocity
         loss = (weight[rows] * error.square()).mean()
         if tables.kernel is not None:
             shown = (weight[rows, 1:] * pixel_error(tables.kernel, error)).mean()
             loss = torch.lerp(loss, shown, run.pixel_share)
-        square = error.detach().square() / mask.mean()
+        square = error.detach().square()
         middle = len(square) // 2
         return {
             "loss": loss,
