@@ -209,18 +209,22 @@ def of_bundle(bundle: Path | str, *, steps: int = 20, threads: int | None = None
     from dynamictrl_edge.runtime.media import pose_to_tensor
     from dynamictrl_edge.runtime.vae import VAEDecoder, VAEEncoder
 
-    class Unposed(Animator):
-        """Animates with a pose stream of zeros."""
+    class PoseAnimator(Animator):
+        """Animates with a pose stream of zeros where it is told so."""
+
+        posed = True
 
         def _prepared(self, *arguments: Any) -> Prepared:
             prepared = super()._prepared(*arguments)
-            latents = replace(prepared.latents, pose=np.zeros_like(prepared.latents.pose))
-            return replace(prepared, latents=latents)
+            if self.posed:
+                return prepared
+            return replace(prepared, latents=replace(prepared.latents, pose=np.zeros_like(prepared.latents.pose)))
 
-    animator, unposed = (kind.from_bundle(bundle, threads=threads, cache=False) for kind in (Animator, Unposed))
+    animator = PoseAnimator.from_bundle(bundle, threads=threads, cache=False)
 
     def animate(reference: Pixels, pose: Pixels | None, caption: str, seed: int, guidance: float) -> Pixels:
-        clip = (animator if pose is not None else unposed)(
+        PoseAnimator.posed = pose is not None
+        clip = animator(
             image=reference,
             pose=np.zeros((POSE_FRAMES, ROWS, COLUMNS, 3), np.uint8) if pose is None else pose,
             prompt=caption,
