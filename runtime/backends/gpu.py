@@ -16,10 +16,10 @@ from ..memory import GB, physical_memory
 from .arena import Arena, DeviceArray, Piece
 from .base import Copy
 from .cuda import Allocation, Device, Event, Pinned, Stream
-from .ring import KEPT_SHARE
 
 __all__ = ["CHUNK", "Gpu", "GpuClock", "GpuRecording"]
 
+KEPT_SHARE = 0.25  # of the host's memory may be locked for streamed blocks
 CHUNK = 16 << 20  # bytes of a page-locked buffer for arrays on their way
 
 

@@ -31,7 +31,6 @@ __all__ = ["PACE", "STAGED", "DeviceBlocks", "Layout", "spread"]
 
 STAGED = 3  # page-locked buffers of one block each
 PACE = 4  # blocks that may be enqueued beyond the one that computes
-KEPT_SHARE = 0.25  # of the host's memory may be locked for streamed blocks
 EARLY = 2  # blocks that stay are copied so many blocks before their first use
 
 
