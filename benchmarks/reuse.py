@@ -7,10 +7,11 @@ Held-out clips of `pocket` are animated with every variant. Each gives: share of
 run over its own (median over the clips, each pair timed in turn on the same machine); PSNR to the full run's frames; PSNR
 and pose error against the true clip. Fewer steps are variants too, and the line that every policy has to beat.
 
-A preset is picked by this rule. Of the variants that are not mere step reduction, those count that are at least as fast as the
-preset asks (`PRESETS`), lose at most its PSNR against the truth, grow the pose error by at most its share, and are nearer to the
-full run (PSNR to its frames) than fewer steps would be at the same latency (linear between the measured step counts). Of these,
-the one nearest to the full run is the preset; if there is none, there is no such preset.
+A preset is picked by this rule. Of the variants that are not mere step reduction, those count that are as fast as the preset
+asks (`PRESETS`, less `UNCERTAIN`: the noise of a time is not to decide), lose at most its PSNR against the truth, grow the pose
+error by at most its share, and are nearer to the full run (PSNR to its frames) than fewer steps would be at the same latency
+(linear between the measured step counts). Of these, the one nearest to the full run is the preset; if there is none, there is no
+such preset.
 
 Against the truth, fewer steps are a line that a model may never cross from above: where 10 steps are nearer to the truth than 25
 (as on the pocket model, whose fewer steps are smoother), nothing that imitates 25 steps can beat them. Whether a variant does
@@ -45,6 +46,7 @@ __all__ = [
 ]
 
 STEPS_GROUP = "fewer steps"
+UNCERTAIN = 0.05  # share of a latency ratio: 1.93 and 2.05 were found for one variant, on unlike processors
 FEWER_STEPS = (20, 16, 12, 10, 8, 5)  # none that stops short of the schedule's end
 
 
@@ -78,7 +80,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Preset:
-    """What a preset must reach: times as fast, dB lost against the truth, growth of the pose error."""
+    """What a preset must reach: about so many times as fast, dB lost against the truth, growth of the pose error."""
 
     ratio: float
     loss: float
@@ -160,7 +162,7 @@ def pick(rows: Sequence[Row], full: Row) -> dict[str, Row | None]:
             row
             for row in rows
             if row.group != STEPS_GROUP
-            and row.ratio >= wanted.ratio
+            and row.ratio >= wanted.ratio * (1 - UNCERTAIN)
             and row.psnr_truth >= full.psnr_truth - wanted.loss
             and row.pose_error <= full.pose_error * (1 + wanted.growth)
             and row.psnr_full > nearness_at(rows, row.ratio)

@@ -61,6 +61,8 @@ def test_a_preset_is_the_nearest_that_is_fast_enough_and_nearer_than_fewer_steps
     late = row("late", 2.2, 29.99, error=2.3, near=45)  # the pose is lost
     blurred = row("blurred", 2.2, 29.4, near=45)  # and the truth
     assert pick([*FEWER, *rows, late, blurred], FULL)["balanced"] == rows[0]
+    about, slower = row("about", 1.92, 29.6, near=42), row("slower", 1.88, 29.6, near=43)
+    assert pick([*FEWER, *rows, about, slower], FULL)["balanced"] == about
 
 
 def test_the_sweep_has_no_variant_that_reuses_nothing() -> None:
