@@ -156,7 +156,7 @@ POLICIES: Mapping[str, ReusePolicy] = {
     policy.name: policy
     for policy in (
         ReusePolicy("quality", trunk_period=2, trunk_order=1, warmup=2),
-        ReusePolicy("balanced", trunk_period=3, warmup=2),
+        ReusePolicy("balanced", trunk_period=3, trunk_order=1),
         ReusePolicy("guidance", guidance_period=2),
         ReusePolicy("trunk", trunk_period=2),
         ReusePolicy("trunk-linear", trunk_period=2, trunk_order=1),
