@@ -46,7 +46,7 @@ __all__ = [
 ]
 
 STEPS_GROUP = "fewer steps"
-UNCERTAIN = 0.05  # share of a latency ratio: 1.93 and 2.05 were found for one variant, on unlike processors
+UNCERTAIN = 0.05  # share of a latency ratio: 1.93 and 2.05 were found for one variant on one processor
 FEWER_STEPS = (20, 16, 12, 10, 8, 5)  # none that stops short of the schedule's end
 
 
